@@ -1,0 +1,395 @@
+"""
+GPT-2: the network, its KV cache, generation, loading and saving. Reads and imports alone; import has no side effects.
+
+    model, meta = load('out')                                          # a file, or a folder's newest
+    for tokens in model.generate(torch.tensor([[50256]]), 20): ...     # one id a text a step
+
+The network is OpenAI's (https://github.com/openai/gpt-2, src/model.py), with its names. Shapes in comments:
+B batch, T time, C channels (n_embd), nh heads, hs head size, V vocabulary, S cached positions.
+"""
+import math
+import os
+import pickle
+import platform
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT; the defaults are GPT-2 small. Raises ValueError for a shape that cannot be."""
+    block_size: int = 1024    # positions that it has embeddings for
+    vocab_size: int = 50257   # true token ids; the table may be longer, see padded_vocab_size
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True         # in the linear layers and layer norms, as GPT-2
+
+    def __post_init__(self):
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} {getattr(self, name)}: must be at least 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: the heads must be equal')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout {self.dropout}: must be at least 0 and under 1')
+
+    @property
+    def padded_vocab_size(self):
+        """Rows of the token table: a multiple of 64, which tensor cores like (50,304 for GPT-2).
+
+        The rows past vocab_size join the softmax in training, as in nanoGPT, and are never sampled. A small table is
+        left alone: padding 65 characters to 128 would add 0.7 to the first loss for nothing.
+        """
+        return self.vocab_size if self.vocab_size < 1024 else math.ceil(self.vocab_size / 64) * 64
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout = config.n_head, config.dropout
+
+    def forward(self, x, cache=None, start=0):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        if cache is not None:  # (2, B, nh, S, hs), filled up to `start`
+            cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
+            k, v = cache[:, :, :, :start + T]
+        # is_causal aligns top-left, so it fits only where nothing is cached; one new position sees everything anyway
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate='tanh')  # (B, T, 4C)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), cache, start)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.trained_context = config.block_size  # the longest window it has learnt from, in tokens; load() sets it
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        # the head is wte again (weight tying, https://arxiv.org/abs/1608.05859)
+        for name, p in self.named_parameters():
+            if name.endswith('bias'):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:  # GPT-2's: the residual stream adds up 2 layers a block, so each is that much smaller
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
+
+    def forward(self, idx, targets=None):
+        """Logits (B, T, V) for ids (B, T); with targets (B, T) their mean negative log-likelihood, in nats.
+
+        Raises ValueError where T is longer than block_size.
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.head(x)
+        logits = F.linear(x, self.wte.weight) if self.training else self.head(x)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.flatten())
+
+    def hidden(self, idx, caches=None, start=0):
+        """The last layer's states (B, T, C). With caches, idx are positions start… of a text whose past they hold."""
+        T = idx.size(1)
+        if start + T > self.config.block_size:
+            raise ValueError(f'{start + T} positions, and the model has {self.config.block_size}; shorten the window')
+        x = self.wte(idx) + self.wpe.weight[start:start + T]  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, None if caches is None else caches[i], start)
+        return self.ln_f(x)
+
+    def head(self, x):
+        """Logits (…, V) of states (…, C), the padded ids cut off."""
+        return F.linear(x, self.wte.weight[:self.config.vocab_size])
+
+    # generation -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def next_logits(self, idx, caches=None, start=0):
+        """Logits (B, V) after ids (B, T) at positions start…; the caches then hold those positions too."""
+        return self.head(self.hidden(idx, caches, start)[:, -1]).float()
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=1337, context=0, stop_ids=()):
+        """Yield the next ids (B,) for prompts idx (B, T ≥ 1), step by step; close the generator to stop.
+
+        temperature 0 is greedy; top_k 0 keeps all V. Text i draws from a generator of its own, seeded with seed + i.
+        The window slides over `context` tokens (0: the trained context); past it the newest half is kept and run
+        again, so the model never sees a position it was not trained on, and the cost a token stays flat. That makes
+        a long text depend on less than `context` tokens: between context/2 and all of it. A text that has come to one
+        of stop_ids goes on repeating that id; generation ends when all have.
+        Footgun: inference_mode around a yield would leak into the caller, so only the steps have it.
+        """
+        B, config, device = idx.size(0), self.config, self.wte.weight.device
+        window = min(context or self.trained_context, config.block_size)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(B)]
+        caches = torch.empty(config.n_layer, 2, B, config.n_head, min(window, idx.size(1) + max_new_tokens),
+                             config.n_embd // config.n_head, device=device, dtype=self.wte.weight.dtype)
+        text, new, start = idx[:, -window:].to(device), idx[:, -window:].to(device), 0
+        finished = torch.zeros(B, dtype=torch.bool)
+        was_training = self.training
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                if start + new.size(1) > window:
+                    text = new = text[:, -max(window // 2, 1):]
+                    start = 0
+                logits = self.next_logits(new, caches, start).cpu()
+                start += new.size(1)
+                ids = torch.stack([choose(row, temperature, top_k, g) for row, g in zip(logits, generators)])
+                ids = torch.where(finished, text[:, -1].cpu(), ids)
+                finished |= torch.isin(ids, torch.tensor(stop_ids, dtype=ids.dtype))
+                new = ids[:, None].to(device)
+                text = torch.cat((text, new), dim=1)[:, -window:]
+                yield ids
+                if finished.all():
+                    return
+        finally:
+            self.train(was_training)
+
+    # sizes and costs --------------------------------------------------------------------------------------------------
+
+    def num_params(self):
+        """Trainable numbers, the tied table once and its padding not at all: 124,439,808 for GPT-2 small."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
+
+    def flops_per_token(self, seq_len):
+        """Floating-point operations to train on one token: 6N + 12·layers·C·T, N without the position table.
+
+        Two a weight forward, four backward, and attention's two products: PaLM, https://arxiv.org/abs/2204.02311,
+        appendix B, as nanoGPT counts.
+        """
+        N = self.num_params() - self.wpe.weight.numel()
+        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * seq_len
+
+    def param_groups(self, weight_decay):
+        """Two optimizer groups: matrices, which decay, and biases and norms, which do not. Raises if they miss one."""
+        params = dict(self.named_parameters())
+        decay = {name for name, p in params.items() if p.dim() >= 2}
+        rest = {name for name, p in params.items() if p.dim() < 2}
+        if decay & rest or decay | rest != params.keys():
+            raise RuntimeError(f'parameters in both groups or in none: {(decay & rest) | (params.keys() - decay - rest)}')
+        return [{'params': [p for name, p in params.items() if name in decay], 'weight_decay': weight_decay},
+                {'params': [p for name, p in params.items() if name in rest], 'weight_decay': 0.0}]
+
+
+@torch.inference_mode()
+def choose(logits, temperature, top_k, generator):
+    """One id, a 0-d tensor, from logits (V,)."""
+    if temperature == 0:
+        return logits.argmax()
+    if 0 < top_k < logits.size(0):
+        kth = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    # less the largest first: a tiny temperature must not overflow to inf - inf
+    probs = F.softmax((logits - logits.max()) / temperature, dim=-1)
+    return torch.multinomial(probs, 1, generator=generator)[0]
+
+
+@torch.no_grad()
+def split_loss(model, tokens, context, max_tokens=0, on_progress=None, batch_tokens=8192):
+    """Mean negative log-likelihood, in nats, of tokens 1…n-1 over windows of `context` side by side, the tail included.
+
+    tokens is a uint16 array; max_tokens > 0 takes only the first so many. Raises ValueError for fewer than two tokens.
+    """
+    n = min(len(tokens), max_tokens or len(tokens))
+    if n < 2:
+        raise ValueError(f'{n} tokens: a loss needs at least 2')
+    ids = torch.from_numpy(tokens[:n].astype('int64'))
+    device, whole = model.wte.weight.device, (n - 1) // context * context
+    x, y = ids[:whole].view(-1, context), ids[1:whole + 1].view(-1, context)
+    batches = list(zip(*(t.split(max(batch_tokens // context, 1)) for t in (x, y))))
+    if whole < n - 1:
+        batches.append((ids[None, whole:-1], ids[None, whole + 1:]))
+    was_training, total, done = model.training, 0.0, 0
+    model.eval()
+    for x, y in batches:
+        total += model(x.to(device), y.to(device)).item() * y.numel()
+        done += y.numel()
+        if on_progress:
+            on_progress(done, n - 1)
+    model.train(was_training)
+    return total / (n - 1)
+
+
+# devices --------------------------------------------------------------------------------------------------------------
+
+def pick_device(name='auto'):
+    """A torch device name: 'auto' takes CUDA, then Apple's MPS, then the CPU. Raises ValueError for one that is not here."""
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f'device {name!r} is not available here; leave --device away to take the best there is') from None
+    return name
+
+
+def pick_dtype(device, name='auto'):
+    """The torch dtype to train in: 'auto' is bfloat16 where the chip multiplies it natively, else float32."""
+    if name != 'auto':
+        return getattr(torch, name)
+    if device.startswith('cuda'):
+        native = torch.cuda.get_device_capability(device)[0] >= 8  # is_bf16_supported() counts emulation too
+    else:
+        native = device == 'cpu' and any(getattr(torch.cpu, f'_is_{unit}_supported', lambda: False)()
+                                         for unit in ('avx512_bf16', 'amx_tile'))
+    return torch.bfloat16 if native else torch.float32
+
+
+# dense 16-bit tensor FLOP/s from the makers' data sheets
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'L40S': 362e12,
+              'L4': 121e12, 'V100': 125e12, 'T4': 65e12, '4090': 165e12, '3090': 71e12}
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that the device can do: the data sheet's in 16 bits, else what a large product reaches here and now."""
+    if device.startswith('cuda') and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for key, value in PEAK_FLOPS.items():
+            if key in name:
+                return value
+    n = 4096 if device.startswith('cuda') else 1024
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def device_name(device):
+    """What a person calls the device: the GPU's name, or the CPU with its threads."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    return device if device != 'cpu' else f'CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)'
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+def write_atomically(path, contents):
+    """torch.save `contents` so that a kill at any instant leaves the old file or the new one, on disk."""
+    temporary = f'{path}.tmp'
+    with open(temporary, 'wb') as f:
+        torch.save(contents, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    if os.name == 'posix':  # the rename itself reaches the disk with the folder
+        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def save(path, model, tokenizer, kind='model', **facts):
+    """Write a model file: plain tensors, numbers, strings, lists and dicts, padding rows cut off unless kind='checkpoint'.
+
+    `tokenizer` is the tokenizer's meta. `facts` (step, losses, made_by, …) come back in load()'s meta. Pass the
+    uncompiled model: a compiled one prefixes its names with _orig_mod.
+    """
+    weights = dict(model.state_dict())
+    if kind != 'checkpoint':
+        weights['wte.weight'] = weights['wte.weight'][:model.config.vocab_size].clone()
+    write_atomically(path, {'format_version': FORMAT_VERSION, 'kind': kind, 'config': asdict(model.config),
+                            'tokenizer': tokenizer, 'trained_context': model.trained_context, **facts, 'model': weights})
+
+
+def read(path, check=True):
+    """A model file's contents as a dict, tensors memory-mapped. Raises OSError, or ValueError for what is not a whole one.
+
+    Footgun: torch.load does not check the zip's CRCs, and a flipped bit would load silently.
+    """
+    try:
+        with zipfile.ZipFile(path) as z:
+            if check and z.testzip():
+                raise zipfile.BadZipFile
+        contents = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError):
+        raise ValueError(f'{path}: damaged, or no model file of folio; train again, or name another file') from None
+    if not isinstance(contents, dict) or contents.get('format_version') != FORMAT_VERSION:
+        version = contents.get('format_version') if isinstance(contents, dict) else None
+        raise ValueError(f'{path}: format version {version}, and this folio reads {FORMAT_VERSION}')
+    return contents
+
+
+def find(path):
+    """The model file that `path` means: itself, or of a folder model.pt or ckpt.pt, whichever has more steps, or, where
+    it has neither, the newest run's in its subfolders. Raises FileNotFoundError where there is none.
+    """
+    if not os.path.isdir(path):
+        if os.path.exists(path):
+            return path
+        raise FileNotFoundError(f'{path}: no such model file or folder; python train.py config/quickstart.py makes one '
+                                f'in a minute or two, --checkpoint names another')
+    files = [os.path.join(path, name) for name in ('model.pt', 'ckpt.pt')]
+    files = [file for file in files if os.path.exists(file)]
+    if files:
+        return max(files, key=lambda file: read(file, check=False)['step']) if len(files) > 1 else files[0]
+    runs = [entry.path for entry in os.scandir(path) if entry.is_dir()]
+    files = [file for run in runs for name in ('model.pt', 'ckpt.pt') if os.path.exists(file := os.path.join(run, name))]
+    if files:
+        return find(os.path.dirname(max(files, key=os.path.getmtime)))
+    raise FileNotFoundError(f'{path}: no model there; python train.py config/quickstart.py makes one in a minute or two, '
+                            f'--checkpoint names another')
+
+
+def load(path, device='cpu'):
+    """(model, meta) from a model file or folder; see find(). meta is all the file says, with `path`, weights aside.
+
+    The model is in eval mode. Raises FileNotFoundError, or ValueError for a file that is not whole.
+    """
+    path = find(path)
+    meta = read(path)
+    weights = meta.pop('model')
+    try:
+        config = GPTConfig(**meta['config'])
+        with torch.device('meta'):
+            model = GPT(config)
+        table = weights['wte.weight']
+        if len(table) < config.padded_vocab_size:
+            # the mean row gives padded ids the mean logit: a zero row's logit 0 would outweigh GPT-2's, all about -100
+            rows = table.mean(0, keepdim=True).expand(config.padded_vocab_size - len(table), -1)
+            weights['wte.weight'] = torch.cat((table, rows))
+        model.to_empty(device=device).load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f'{path}: its weights do not fit its own config: {str(error)[:300]}') from None
+    model.trained_context = meta['trained_context']
+    return model.eval(), {**meta, 'path': path}

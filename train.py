@@ -1,0 +1,469 @@
+"""
+Train a GPT-2: from scratch, from where a run stopped, or from another model's weights.
+
+$ python train.py config/quickstart.py                     # characters, a small GPT: a minute on two CPU cores
+$ python train.py config/shakespeare.py --batch_size=32    # GPT-2 small (124M) on input.txt, until its loss is under 0.1
+$ python train.py config/shakespeare.py --init_from=resume # goes on where Ctrl-C, a kill or a power cut stopped it
+$ python train.py --input=my.txt --dataset=mine --out_dir=out/mine --seq_len=256 --max_iters=2000
+"""
+import contextlib
+import copy
+import functools
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import numpy as np
+import torch
+
+from config import configure, fail, given
+from model import GPT, GPTConfig, device_name, load, peak_flops, pick_device, pick_dtype, read, save, split_loss
+from prepare import find_files, get_tokenizer, load_data, prepare, sha256_of
+
+# run
+out_dir = 'out'                  # folder of checkpoints, model and log
+init_from = 'scratch'            # scratch, resume, auto (resume what is there, else start) or a model file's path
+overwrite = False                # start over where a run already is
+# data
+input = 'input.txt'              # UTF-8 text, prepared when data/<dataset>/ is not there: a file, a folder or a glob
+dataset = 'shakespeare'          # tokens come from data/<dataset>/
+tokenizer = 'gpt2'               # gpt2 or char
+val_fraction = 0.1               # share of the text kept for validation; 0 = none
+# model
+n_layer = 12                     # blocks
+n_head = 12                      # attention heads a block
+n_embd = 768                     # width, a multiple of n_head
+block_size = 1024                # positions that the model has, tokens
+dropout = 0.0                    # share of activations dropped; helps where a small text is read many times
+bias = True                      # biases in linear layers and norms, as GPT-2; False is a little faster
+# batch
+batch_size = 8                   # windows a forward pass; more is faster a token until memory is full
+seq_len = 0                      # tokens a window; 0 = block_size
+gradient_accumulation_steps = 1  # forward passes a step: a larger batch in the same memory
+shift_windows = True             # draw each epoch's first cut; generalises better, False keeps the windows fixed
+# optimizer
+optimizer = 'adamw'              # adamw
+learning_rate = 6e-4             # the highest
+min_lr = 6e-5                    # where cosine and linear end
+schedule = 'cosine'              # cosine, onecycle (as torch's OneCycleLR; sets beta1 too), linear or constant
+warmup_iters = 100               # steps of linear warm-up: (i + 1) / warmup_iters of the rate at step i from 0
+lr_decay_iters = 0               # step at which the schedule ends; 0 = max_iters
+weight_decay = 0.1               # of matrices, not of biases and norms
+beta1 = 0.9                      # AdamW's memory of the gradient
+beta2 = 0.95                     # AdamW's memory of its square; nearer 1 for small batches
+grad_clip = 1.0                  # greatest gradient norm; 0 = no clipping
+# stopping
+max_iters = 5000                 # steps
+loss_threshold = 0.0             # stop when the mean training loss of the last epoch (at most 100 steps) is under it; 0 = never
+patience = 0                     # stop after so many evaluations without a better validation loss; 0 = never
+max_minutes = 0.0                # stop, ready to resume, after so long; 0 = never
+# rhythm, in steps; 0 = never
+log_interval = 10                # a line here and in out_dir/log.csv
+eval_interval = 250              # validation, and out_dir/best.pt where it is the best so far
+eval_iters = 20                  # batches an evaluation of a split
+checkpoint_interval = 500        # the whole state to out_dir/ckpt.pt
+sample_interval = 500            # print what the model writes by now
+final_eval_tokens = 0            # tokens of each split in the losses at the end; 0 = all
+# system
+device = 'auto'                  # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto'                   # auto (bfloat16 where the chip multiplies it, else float32), float32, bfloat16, float16
+compile = 'auto'                 # auto (on CUDA), True or False: a minute of compiling for faster steps
+deterministic = False            # repeat bit for bit on CUDA too, somewhat slower
+seed = 1337                      # of weights, order of windows, dropout
+
+settings = configure(globals(), dict(
+    val_fraction=(0, 0.999999), tokenizer=('gpt2', 'char'), n_layer=(1,), n_head=(1,), n_embd=(1,), block_size=(1,),
+    dropout=(0, 0.999999), batch_size=(1,), seq_len=(0,), gradient_accumulation_steps=(1,), optimizer=('adamw',),
+    learning_rate=(0, 1e3), min_lr=(0, 1e3), schedule=('cosine', 'onecycle', 'linear', 'constant'), warmup_iters=(0,),
+    lr_decay_iters=(0,), weight_decay=(0, 1e3), beta1=(0, 0.999999), beta2=(0, 0.99999999), grad_clip=(0, 1e9),
+    max_iters=(0,), loss_threshold=(0, 1e9), patience=(0,), max_minutes=(0, 1e9), log_interval=(0,), eval_interval=(0,),
+    eval_iters=(1,), checkpoint_interval=(0,), sample_interval=(0,), final_eval_tokens=(0,),
+    dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False'), seed=(0, 2**32)))
+
+# -- the run: start over, go on, or refuse -----------------------------------------------------------------------------
+files = {name: os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt', 'model.pt', 'log.csv')}
+there = [path for path in files.values() if os.path.exists(path)]
+if init_from == 'auto':
+    init_from = 'resume' if files['ckpt.pt'] in there else 'scratch'
+checkpoint = None
+if init_from == 'resume':
+    if files['ckpt.pt'] not in there:
+        fail(f"{files['ckpt.pt']}: nothing to resume; leave --init_from away to start a run")
+    checkpoint = read(files['ckpt.pt'])
+    for key, value in checkpoint['settings'].items():  # defaults, checkpoint, config files, command line
+        if key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'dataset', 'tokenizer') and settings[key] != value:
+            if key in given:
+                fail(f'--{key}={settings[key]}: the run in {out_dir} has {value}; leave it away, or start another --out_dir', 2)
+        if key not in given and key in settings and key not in ('out_dir', 'init_from', 'overwrite'):
+            settings[key] = globals()[key] = value
+elif there and not overwrite:
+    fail(f"{', '.join(there)}: a run is already there; --init_from=resume goes on with it, --overwrite replaces it, "
+         f'--out_dir=out/another keeps it')
+
+# -- the data ----------------------------------------------------------------------------------------------------------
+if not os.path.exists(f'data/{dataset}/train.bin'):
+    prepare(input, dataset, tokenizer, val_fraction)
+train_tokens, val_tokens, data_meta = load_data(dataset)
+has, way_out = data_meta.get('source', {}), 'name another --dataset, or prepare it again with prepare.py'
+if 'tokenizer' in given and tokenizer != data_meta['tokenizer']['name']:
+    fail(f"data/{dataset} has tokenizer {data_meta['tokenizer']['name']}, and {tokenizer} was asked for; {way_out}", 2)
+if 'val_fraction' in given and val_fraction != data_meta.get('val_fraction', val_fraction):
+    fail(f"data/{dataset} has val_fraction {data_meta['val_fraction']}, and {val_fraction} was asked for; {way_out}", 2)
+if 'input' in given and has and sha256_of(find_files(input)) != has['sha256']:
+    fail(f"data/{dataset} was made from {has['input']}, and {input} was asked for, which differs; {way_out}", 2)
+if checkpoint and checkpoint['data'] != data_meta:
+    fail(f'data/{dataset} is not what the run in {out_dir} was trained on; prepare that again, or start another --out_dir')
+text = get_tokenizer(data_meta['tokenizer'])
+
+T = seq_len or block_size
+if T > block_size:
+    fail(f'--seq_len={seq_len}: the model has block_size {block_size} positions; lower the one or raise the other', 2)
+if len(train_tokens) < T + 1:
+    fail(f'data/{dataset} holds {len(train_tokens)} training tokens, fewer than seq_len {T} and the next; '
+         f'give a longer --input, or --seq_len={max(len(train_tokens) - 1, 1)} or less')
+windows = (len(train_tokens) - 1) // T  # an epoch
+windows_per_step = batch_size * gradient_accumulation_steps
+epoch_steps = max(windows // windows_per_step, 1)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_starts(epoch):
+    """First tokens of an epoch's windows, in the order that (seed, epoch) draws."""
+    rng = np.random.default_rng((seed, epoch))
+    starts = rng.permutation(windows) * T
+    if shift_windows:
+        starts += rng.integers(T)
+        starts[starts + T + 1 > len(train_tokens)] = 0  # the one pushed off the end takes what the shift left at the head
+    return starts
+
+
+def get_batch(step, micro_step):
+    """Inputs and targets (B, T) of a forward pass: a function of (seed, step) alone, however the run was cut."""
+    first = (step * gradient_accumulation_steps + micro_step) * batch_size
+    starts = [epoch_starts(i // windows)[i % windows] for i in range(first, first + batch_size)]
+    return to_device(train_tokens, starts)
+
+
+def to_device(tokens, starts):
+    ids = torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts]).astype(np.int64))  # (B, T + 1)
+    if device.startswith('cuda'):
+        ids = ids.pin_memory().to(device, non_blocking=True)
+    ids = ids.to(device)
+    return ids[:, :-1], ids[:, 1:].contiguous()
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+device = pick_device(device)
+compute_dtype = pick_dtype(device, dtype)
+torch.manual_seed(seed)
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+if deterministic:
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
+    torch.use_deterministic_algorithms(True)
+device_type = device.split(':')[0]
+autocast = functools.partial(torch.autocast, device_type, dtype=compute_dtype, enabled=compute_dtype != torch.float32)
+
+made_by = 'train.py ' + ' '.join(sys.argv[1:])
+if init_from in ('scratch', 'resume'):
+    try:
+        config = GPTConfig(block_size, data_meta['tokenizer']['vocab_size'], n_layer, n_head, n_embd, dropout, bias)
+    except ValueError as error:
+        fail(error, 2)
+    model = GPT(config).to(device)
+    model.trained_context = T
+    if checkpoint:
+        model.load_state_dict(checkpoint['model'])
+        model.trained_context = max(T, checkpoint['trained_context'])
+else:
+    model, parent = load(init_from, device)
+    print(f"{parent['path']}: {model.num_params():,} parameters, step {parent['step']:,}")
+    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias'):
+        if key in given and settings[key] != getattr(model.config, key):
+            fail(f'--{key}={settings[key]}: {init_from} has {getattr(model.config, key)}; leave it away', 2)
+        settings[key] = globals()[key] = getattr(model.config, key)
+    if parent['tokenizer'] != data_meta['tokenizer']:
+        fail(f"{init_from} reads tokenizer {parent['tokenizer']['name']}, and data/{dataset} is in another; {way_out}")
+    if T > block_size:
+        fail(f'--seq_len={T}: {init_from} has {block_size} positions; give --seq_len={block_size} or less', 2)
+    model.trained_context = max(T, model.trained_context)
+model.train()
+raw_model = model  # the one to save: a compiled model prefixes its names with _orig_mod.
+adamw = torch.optim.AdamW(model.param_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2),
+                          fused=device_type in ('cuda', 'cpu'))
+scaler = torch.amp.GradScaler(device_type, enabled=compute_dtype == torch.float16)
+if compile == 'True' or compile == 'auto' and device_type == 'cuda':
+    model = torch.compile(model)
+
+# -- the state of the run, all of it, and how it is kept ---------------------------------------------------------------
+state = dict(step=0, seconds=0.0, log_bytes=0, logged_step=0, loss_sum=0.0, loss_count=0, tokens=0, recent=[], first_loss=0.0,
+             best_loss=math.inf, grad_norm=0.0, best_val=math.inf, best_val_step=0, bad_evals=0, passed={}, losses={})
+if checkpoint:
+    state = checkpoint['state']
+    adamw.load_state_dict(copy.deepcopy(checkpoint['optimizer']))  # off the memory map of a file that will be replaced
+    scaler.load_state_dict(checkpoint['scaler'])
+milestones = [m for m in (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold) if m]
+threshold_window = min(epoch_steps, 100)
+pending = []  # (loss, gradient norm) of steps whose values are still on their way from the device
+lock = threading.RLock()  # held while weights, optimizer and state change together
+saved_step = -1
+
+
+def rate(i):
+    """Learning rate of step i from 0, and beta1."""
+    last = lr_decay_iters or max_iters
+    if schedule == 'onecycle':  # torch.optim.lr_scheduler.OneCycleLR with its defaults
+        peak = 0.3 * last - 1
+        up = i <= peak
+        x = i / peak if up else min((i - peak) / (last - 1 - peak), 1.0)
+        ease = (1 + math.cos(math.pi * x)) / 2  # 1 -> 0
+        ends = (learning_rate / 25, learning_rate) if up else (learning_rate, learning_rate / 25 / 1e4)
+        betas = (0.95, 0.85) if up else (0.85, 0.95)
+        return ends[1] + (ends[0] - ends[1]) * ease, betas[1] + (betas[0] - betas[1]) * ease
+    if i < warmup_iters:
+        return learning_rate * (i + 1) / warmup_iters, beta1
+    x = min((i - warmup_iters) / max(last - warmup_iters, 1), 1.0)
+    share = {'cosine': (1 + math.cos(math.pi * x)) / 2, 'linear': 1 - x, 'constant': 1.0}[schedule]
+    return (min_lr + share * (learning_rate - min_lr) if schedule != 'constant' else learning_rate), beta1
+
+
+def drain():
+    """Bring the pending losses from the device into the state: the only wait for the device between two log lines."""
+    if not pending:
+        return
+    values = torch.stack([torch.stack(pair) for pair in pending]).tolist()
+    first = state['step'] - len(pending) + 1
+    pending.clear()
+    for step, (loss, grad_norm) in enumerate(values, first):
+        if not math.isfinite(loss) or not math.isfinite(grad_norm) and not scaler.is_enabled():
+            fail(f'loss {loss}, gradient norm {grad_norm} at step {step}: the run has blown up; {out_dir}/ckpt.pt is kept as it was. '
+                 f'Lower --learning_rate={learning_rate}, raise --warmup_iters={warmup_iters}, or give --dtype=float32')
+        state['first_loss'] = state['first_loss'] or loss
+        state['loss_sum'] += loss
+        state['loss_count'] += 1
+        state['recent'] = (state['recent'] + [loss])[-threshold_window:]
+        state['best_loss'] = min(state['best_loss'], loss)
+        state['grad_norm'] = grad_norm
+        for milestone in milestones:
+            if loss < milestone:
+                state['passed'].setdefault(str(milestone), step)
+
+
+def save_checkpoint():
+    global saved_step
+    with lock:
+        drain()
+        if saved_step != state['step']:
+            save(files['ckpt.pt'], raw_model, data_meta['tokenizer'], kind='checkpoint', step=state['step'], made_by=made_by,
+                 losses=state['losses'], settings=settings, data=data_meta, state=state, optimizer=adamw.state_dict(),
+                 scaler=scaler.state_dict())
+            saved_step = state['step']
+
+
+def on_signal(receiver):
+    """Wait for Ctrl-C or SIGTERM, save, end. A thread of its own: backward is one long call in which Python's own
+    handlers would wait, and a save needs none of what it is computing.
+    """
+    number = receiver.recv(1)[0]
+    with lock:
+        status = 1
+        try:
+            save_checkpoint()
+            print(f"\n{signal.Signals(number).name} at step {state['step']:,}: saved in {files['ckpt.pt']}; "
+                  f'go on with the same command and --init_from=resume', file=sys.stderr)
+            status = 128 + number
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+
+def log_row(**row):
+    """Append a row to log.csv, in one write."""
+    columns = ['step', 'loss', 'grad_norm', 'lr', 'train_loss', 'val_loss', 'tokens_per_s', 'seconds']
+    line = ','.join(row.get(column, '') for column in columns) + '\n'
+    with open(files['log.csv'], 'a', encoding='utf-8', newline='\n') as f:
+        if f.tell() == 0:
+            line = ','.join(columns) + '\n' + line
+        f.write(line)
+        f.flush()
+        state['log_bytes'] = f.tell()
+
+
+@torch.no_grad()
+def evaluate(tokens):
+    """Mean loss over eval_iters batches of windows spread evenly over a split, always the same ones."""
+    count = (len(tokens) - 1) // T
+    with autocast():
+        if count <= eval_iters * batch_size:
+            return split_loss(raw_model, tokens, T)
+        model.eval()
+        starts = np.linspace(0, count - 1, eval_iters * batch_size).astype(np.int64) * T
+        losses = [model(*to_device(tokens, part)) for part in np.split(starts, eval_iters)]
+        model.train()
+        return torch.stack(losses).double().mean().item()
+
+
+def progress(name):
+    """A callback for split_loss that says every two seconds how far it is and how long it will take."""
+    began = shown = time.time()
+
+    def show(done, total):
+        nonlocal shown
+        if time.time() - shown > 2:
+            shown = time.time()
+            print(f'  {name} loss: {done / total:.0%}, {duration((shown - began) * (total / done - 1))} left', file=sys.stderr)
+    return show
+
+
+def print_sample():
+    ids = torch.tensor([[text.start]])
+    written = [step.item() for step in raw_model.generate(ids, 100, temperature=0.8, top_k=50, seed=seed)]
+    print('  | ' + text.decode_bytes(written).decode('utf-8', 'replace').strip().replace('\n', '\n  | '))
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours} h {minutes:02d} min' if hours else f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'
+
+
+def memory():
+    if device_type == 'cuda':
+        return f'{torch.cuda.max_memory_allocated() / 1e9:.1f} GB'
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == 'darwin' else 1)
+        return f'{kilobytes / 1e6:.1f} GB'
+    return '? GB'
+
+
+# -- start -------------------------------------------------------------------------------------------------------------
+os.makedirs(out_dir, exist_ok=True)
+if init_from == 'resume':
+    if os.path.exists(files['log.csv']):
+        os.truncate(files['log.csv'], min(state['log_bytes'], os.path.getsize(files['log.csv'])))
+else:
+    for path in there:
+        os.remove(path)
+receiver, sender = socket.socketpair()
+sender.setblocking(False)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: None)  # the byte in the socket wakes on_signal at once
+signal.set_wakeup_fd(sender.fileno())
+threading.Thread(target=on_signal, args=(receiver,), daemon=True).start()
+
+peak = peak_flops(device, compute_dtype)
+flops = raw_model.flops_per_token(T)
+print(f'{raw_model.num_params():,} parameters on {device_name(device)}, {str(compute_dtype)[6:]}'
+      f'{", compiled" if model is not raw_model else ""}, {peak / 1e12:.3g} TFLOP/s at most')
+print(f'data/{dataset}: {len(train_tokens):,} training tokens, {0 if val_tokens is None else len(val_tokens):,} for validation'
+      f'{" (none: the training split stands in)" if val_tokens is None else ""}; '
+      f'{batch_size} x {T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
+print(f"{out_dir}: {'step ' + format(state['step'], ',') if init_from == 'resume' else 'a new run'}, up to step {max_iters:,}"
+      + (f', or a loss under {loss_threshold}' if loss_threshold else ''))
+began = last_time = time.time()
+last_seconds, last_tokens, first_step = state['seconds'], state['tokens'], state['step']
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+while True:
+    step = state['step']  # steps done
+
+    # look at what is done, once a step; a run that is saved in the middle of this looks again
+    log, evaluation, checkpointing, sampling = (bool(interval) and step % interval == 0 for interval in (
+        log_interval, eval_interval, checkpoint_interval, sample_interval))
+    look = loss_threshold > 0 and step % 10 == 0
+    if look or log or evaluation or checkpointing or sampling:
+        with lock:
+            drain()
+    looked = time.time()
+    mean = sum(state['recent']) / threshold_window  # of the last epoch's steps, at most 100
+    stop = (f'max_iters {max_iters:,} reached' if step >= max_iters else
+            f'loss {mean:.6f} under {loss_threshold}' if look and len(state['recent']) == threshold_window and mean < loss_threshold else
+            f'no better validation loss in {patience} evaluations' if 0 < patience <= state['bad_evals'] else
+            f'{max_minutes} minutes over' if 0 < max_minutes < (looked - began) / 60 else '')
+    if step > state['logged_step'] and (log or evaluation or stop):
+        losses = {}
+        if evaluation:
+            losses['train_loss'] = evaluate(train_tokens)
+            losses['val_loss'] = losses['train_loss'] if val_tokens is None else evaluate(val_tokens)
+        with lock:
+            drain()
+            state['seconds'] = last_seconds + time.time() - began
+            loss, (lr, _) = state['loss_sum'] / state['loss_count'], rate(step - 1)
+            tokens_per_s = (state['tokens'] - last_tokens) / (looked - last_time)
+            left = (max_iters - step) * (time.time() - began) / max(step - first_step, 1)
+            print(f"step {step:,}/{max_iters:,}  loss {loss:.4f}  best {state['best_loss']:.4f}  norm {state['grad_norm']:.2f}  "
+                  f'lr {lr:.2e}  {tokens_per_s:,.0f} tok/s  mfu {tokens_per_s * flops / peak:.0%}  {memory()}  '
+                  f'{duration(left)} left', flush=True)
+            log_row(step=str(step), loss=f'{loss:.6f}', grad_norm=f"{state['grad_norm']:.6f}", lr=f'{lr:.6e}',
+                    tokens_per_s=f'{tokens_per_s:.1f}', seconds=f"{state['seconds']:.2f}",
+                    **{key: f'{value:.6f}' for key, value in losses.items()})
+            state.update(loss_sum=0.0, loss_count=0, logged_step=step)
+            if losses:
+                better = losses['val_loss'] < state['best_val']
+                print(f"  train {losses['train_loss']:.4f}, validation {losses['val_loss']:.4f}{', the best so far' if better else ''}")
+                state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
+                if better:
+                    state.update(best_val=losses['val_loss'], best_val_step=step)
+                    save(files['best.pt'], raw_model, data_meta['tokenizer'], step=step, losses=losses, made_by=made_by)
+            last_time, last_tokens = looked, state['tokens']
+    if sampling and step > first_step:
+        print_sample()
+    if checkpointing and step > first_step:
+        save_checkpoint()
+    last_time += time.time() - looked  # tokens/s is of training alone
+    if stop:
+        break
+
+    # one step: forward, backward, clip, update
+    lr, momentum = rate(step)
+    for group in adamw.param_groups:
+        group['lr'], group['betas'] = lr, (momentum, beta2)
+    step_loss = torch.zeros((), device=device)
+    for micro_step in range(gradient_accumulation_steps):
+        if dropout:
+            torch.manual_seed(hash((seed, step, micro_step)))  # resume draws the same
+        x, y = get_batch(step, micro_step)
+        with autocast():
+            loss = model(x, y) / gradient_accumulation_steps
+        scaler.scale(loss).backward()
+        step_loss += loss.detach()
+    scaler.unscale_(adamw)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    with lock:
+        scaler.step(adamw)
+        scaler.update()
+        adamw.zero_grad(set_to_none=True)
+        pending.append((step_loss, grad_norm))
+        state['step'] += 1
+        state['tokens'] += windows_per_step * T
+    if step == first_step + 2 and device_type == 'cpu':
+        total = (time.time() - began) / 3 * (max_iters - first_step)
+        if total > 1800:
+            print(f'at this rate {max_iters - first_step:,} steps take {duration(total)} on this CPU; '
+                  f'python train.py config/quickstart.py shows all of it in a minute or two', flush=True)
+
+# -- the end: the whole splits, the file to deploy, the report ---------------------------------------------------------
+save_checkpoint()
+final = {}
+for name, tokens in (('validation', val_tokens), ('train', train_tokens)):
+    if tokens is not None and len(tokens) > 1:
+        with autocast():
+            final[name] = split_loss(raw_model, tokens, raw_model.trained_context, final_eval_tokens, progress(name))
+save(files['model.pt'], raw_model, data_meta['tokenizer'], step=state['step'], losses=final, made_by=made_by)
+
+print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {state['tokens'] / max(state['seconds'], 1e-9):,.0f} tokens/s")
+print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at best; first step under "
+      + (', '.join(f'{float(key):g}: {value:,}' for key, value in state['passed'].items()) or 'none'))
+if state['best_val_step']:
+    print(f"best        {state['best_val']:.4f} validation at step {state['best_val_step']:,}, kept in {files['best.pt']}")
+for name, loss in final.items():
+    tokens = val_tokens if name == 'validation' else train_tokens
+    count = min(len(tokens), final_eval_tokens or len(tokens))
+    print(f'{name:11s} {loss:.4f} over {"all " if count == len(tokens) else "the first "}{count:,} tokens, in windows of {raw_model.trained_context}')
+print(f"{files['model.pt']} is what one deploys, {files['log.csv']} the curve. Now: python sample.py"
+      + ('' if out_dir == 'out' else f' --checkpoint={out_dir}'))
