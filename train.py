@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from config import configure, fail, given
-from model import GPT, GPTConfig, device_name, load, peak_flops, pick_device, pick_dtype, read, save, split_loss
+from model import (GPT, GPTConfig, device_name, keep_freed_memory, load, peak_flops, pick_device, pick_dtype, read, save,
+                   split_loss)
 from prepare import find_files, get_tokenizer, load_data, prepare, sha256_of
 
 # run
@@ -157,7 +158,12 @@ def to_device(tokens, starts):
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
-device = pick_device(device)
+keep_freed_memory()
+try:
+    device = pick_device(device)
+    config = GPTConfig(block_size, data_meta['tokenizer']['vocab_size'], n_layer, n_head, n_embd, dropout, bias)
+except ValueError as error:
+    fail(error, 2)
 compute_dtype = pick_dtype(device, dtype)
 torch.manual_seed(seed)
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -169,10 +175,6 @@ autocast = functools.partial(torch.autocast, device_type, dtype=compute_dtype, e
 
 made_by = 'train.py ' + ' '.join(sys.argv[1:])
 if init_from in ('scratch', 'resume'):
-    try:
-        config = GPTConfig(block_size, data_meta['tokenizer']['vocab_size'], n_layer, n_head, n_embd, dropout, bias)
-    except ValueError as error:
-        fail(error, 2)
     model = GPT(config).to(device)
     model.trained_context = T
     if checkpoint:

@@ -1,0 +1,652 @@
+"""
+The tests: against Hugging Face, tiktoken, torch and uninterrupted runs rather than against ourselves.
+
+$ python -m pytest -q
+"""
+import csv
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import config
+from model import GPT, GPTConfig, choose, find, load, read, save, split_loss
+from prepare import CharTokenizer, GPT2Tokenizer, cut_exactly, load_data, prepare
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SMALL = dict(block_size=64, vocab_size=1100, n_layer=2, n_head=2, n_embd=32)
+TINY_RUN = ['--tokenizer=char', '--dataset=tiny', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16',
+            '--batch_size=4', '--max_iters=20', '--eval_interval=10', '--eval_iters=2', '--log_interval=5',
+            '--checkpoint_interval=5', '--sample_interval=0', '--dtype=float32']
+
+
+def run(script, *args, cwd, stdin=None):
+    """Run a script as a user does; return the finished process with its text."""
+    return subprocess.run([sys.executable, os.path.join(HERE, script), *args], cwd=cwd, capture_output=True, text=True,
+                          encoding='utf-8', input=stdin, timeout=300)
+
+
+def one_line(process, status, *words):
+    """A refusal: this exit status, one line on stderr that holds these words, no traceback."""
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == status, process.stderr
+    assert len(lines) == 1 and all(word in lines[0] for word in words), process.stderr
+
+
+@pytest.fixture
+def gpt():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**SMALL)).eval()
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """A folder with a small text in it and a tiny model trained on that, in out/tiny."""
+    path = tmp_path_factory.mktemp('user')
+    (path / 'input.txt').write_text('The cat sat on the mat; é 日本 🎭.\n' * 60, encoding='utf-8')
+    process = run('train.py', *TINY_RUN, '--out_dir=out/tiny', cwd=path)
+    assert process.returncode == 0, process.stderr
+    (path / 'stdout.txt').write_text(process.stdout, encoding='utf-8')
+    return path
+
+
+# the network ----------------------------------------------------------------------------------------------------------
+
+def hugging_face(model):
+    """Hugging Face's GPT-2 with our weights."""
+    transformers = pytest.importorskip('transformers', reason='pip install transformers')
+    c = model.config
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head)).eval()
+    weights = {f'transformer.{name}': p.t() if re.search(r'(c_\w+)\.weight', name) else p  # theirs are Conv1D: transposed
+               for name, p in model.state_dict().items()}
+    weights['transformer.wte.weight'] = weights['lm_head.weight'] = weights['transformer.wte.weight'][:c.vocab_size]
+    theirs.load_state_dict(weights)
+    return theirs
+
+
+@pytest.mark.parametrize('shape', [SMALL, dict(vocab_size=50257, n_layer=2)], ids=['small', 'gpt2-wide'])
+def test_equals_hugging_face(shape):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**shape)).eval()
+    for p in model.parameters():  # biases and norms too must matter
+        p.data += 0.05 * torch.randn_like(p)
+    theirs = hugging_face(model)
+    idx = torch.randint(model.config.vocab_size, (2, 33))
+    with torch.no_grad():
+        ours = model(idx)
+        assert ours.shape == (2, 33, model.config.vocab_size)
+        assert (ours - theirs(idx).logits).abs().max() < 1e-4
+        assert abs(model(idx, idx).item() - torch.nn.functional.cross_entropy(ours.flatten(0, 1), idx.flatten()).item()) < 1e-5
+    text = theirs.generate(idx, max_new_tokens=25, do_sample=False, pad_token_id=0, eos_token_id=None)[:, 33:]
+    assert torch.equal(torch.stack(list(model.generate(idx, 25, temperature=0)), dim=1), text)
+
+
+def test_causality(gpt):
+    idx = torch.randint(1100, (1, 20))
+    changed = idx.clone()
+    changed[0, 10:] = (changed[0, 10:] + 1) % 1100
+    with torch.no_grad():
+        difference = (gpt(idx) - gpt(changed)).abs().amax(dim=(0, 2))
+    assert difference[:10].max() == 0 and difference[10:].min() > 0
+
+
+@pytest.mark.parametrize('shape', [dict(n_layer=2), dict(SMALL, vocab_size=65), dict(SMALL, bias=False)], ids=['50257', '65', 'no bias'])
+def test_first_loss_is_ln_v(shape):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape))
+    V, C = model.config.vocab_size, model.config.n_embd
+    idx = torch.randint(V, (4, 65))
+    assert abs(model(idx[:, :-1], idx[:, 1:]).item() - math.log(V) - 0.0002 * C) < 0.1
+
+
+def test_gpt2_small_has_its_parameters():
+    with torch.device('meta'):
+        model = GPT(GPTConfig())
+    assert model.num_params() == 124_439_808
+    assert model.wte.weight.shape == (50304, 768)
+    assert model.flops_per_token(1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+def test_residual_projections_start_smaller():
+    torch.manual_seed(0)
+    weights = GPT(GPTConfig(n_layer=3, n_embd=192, n_head=3, vocab_size=100)).state_dict()
+    assert abs(weights['h.1.mlp.c_fc.weight'].std() / 0.02 - 1) < 0.05
+    assert abs(weights['h.1.mlp.c_proj.weight'].std() / (0.02 / math.sqrt(6)) - 1) < 0.05
+    assert not weights['h.1.attn.c_attn.bias'].any()
+
+
+def test_decay_groups_are_disjoint_and_complete(gpt):
+    decay, rest = gpt.param_groups(0.1)
+    assert (decay['weight_decay'], rest['weight_decay']) == (0.1, 0.0)
+    ids = [id(p) for group in (decay, rest) for p in group['params']]
+    assert len(ids) == len(set(ids)) == len(list(gpt.parameters()))
+    assert all(p.dim() == 2 for p in decay['params']) and all(p.dim() == 1 for p in rest['params'])
+
+
+def test_overfits_one_batch(gpt):
+    idx = torch.randint(1100, (4, 17))
+    optimizer = torch.optim.AdamW(gpt.param_groups(0.0), lr=3e-3)
+    gpt.train()
+    for _ in range(150):
+        loss = gpt(idx[:, :-1], idx[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize('wrong', [dict(n_head=5), dict(n_layer=0), dict(dropout=1.0), dict(vocab_size=-3)], ids=str)
+def test_impossible_shapes_are_refused(wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong)))):
+        GPTConfig(**{**SMALL, **wrong})
+
+
+# generation -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('length, B', [(1, 1), (7, 3), (16, 1), (40, 3)])
+def test_cached_steps_equal_whole_forward_passes(gpt, length, B):
+    """Within the window and across slides, which keep the newest half of it."""
+    gpt.trained_context = 16
+    idx = torch.randint(1100, (B, length))
+    window = idx[:, -16:]
+    for ids in gpt.generate(idx, 40, temperature=0):
+        if window.size(1) > 16:
+            window = window[:, -8:]
+        with torch.no_grad():
+            logits = gpt(window)[:, -1]
+        assert torch.equal(ids, logits.argmax(dim=-1))
+        window = torch.cat((window, ids[:, None]), dim=1)
+
+
+def test_a_text_depends_on_its_seed_alone(gpt):
+    idx = torch.randint(1100, (1, 5)).expand(3, 5)
+    batch = torch.stack(list(gpt.generate(idx, 20, seed=7)), dim=1)
+    torch.rand(3)  # whatever else draws
+    alone = torch.stack(list(gpt.generate(idx[:1], 20, seed=8)), dim=1)
+    assert torch.equal(batch[1], alone[0])
+    assert not torch.equal(batch[0], batch[1])
+
+
+def test_choices(gpt):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
+    assert choose(logits, 0, 0, generator) == 1
+    assert {choose(logits, 5.0, 2, generator).item() for _ in range(100)} == {1, 2}
+    assert choose(logits, 1e-40, 0, generator) == 1  # no overflow to nan
+    counts = np.bincount([choose(logits, 2.0, 0, generator) for _ in range(4000)], minlength=4)
+    assert np.abs(counts / 4000 - torch.softmax(logits / 2, 0).numpy()).max() < 0.03
+
+
+def test_padded_ids_are_never_sampled(gpt):
+    with torch.no_grad():
+        gpt.wte.weight[1100:] = 100 * gpt.wte.weight[:1].sign()  # rows 1100 to 1151 are padding
+    assert gpt.config.padded_vocab_size == 1152
+    assert all(ids.max() < 1100 for ids in gpt.generate(torch.zeros(8, 1, dtype=torch.long), 60, temperature=9.0))
+
+
+def test_generation_stops_at_a_stop_id_and_restores_the_mode(gpt):
+    gpt.train()
+    idx = torch.tensor([[1, 2, 3]])
+    steps = [ids.item() for ids in gpt.generate(idx, 30, seed=3)]
+    stop = steps[10]
+    assert [ids.item() for ids in gpt.generate(idx, 30, seed=3, stop_ids=(stop,))] == steps[:steps.index(stop) + 1]
+    assert gpt.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_split_loss_is_the_mean_over_every_token(gpt):
+    tokens = np.random.default_rng(0).integers(0, 1100, 103).astype(np.uint16)
+    ids, total = torch.from_numpy(tokens.astype(np.int64)), 0.0
+    for i in range(0, 102, 16):
+        x, y = ids[i:i + 16][:102 - i], ids[i + 1:i + 17]
+        with torch.no_grad():
+            total += torch.nn.functional.cross_entropy(gpt(x[None])[0], y, reduction='sum').item()
+    assert abs(split_loss(gpt, tokens, 16, batch_tokens=32) - total / 102) < 1e-5
+    with pytest.raises(ValueError, match='at least 2'):
+        split_loss(gpt, tokens[:1], 16)
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+def test_a_model_file_says_it_all_and_loads_alike(gpt, tmp_path):
+    gpt.trained_context = 32
+    save(tmp_path / 'model.pt', gpt, {'name': 'gpt2', 'vocab_size': 50257}, step=5, losses={'train': 1.0}, made_by='a test')
+    contents = torch.load(tmp_path / 'model.pt', weights_only=True)
+    assert contents['model']['wte.weight'].shape == (1100, 32)
+    model, meta = load(tmp_path)
+    assert (meta['step'], meta['trained_context'], meta['tokenizer']['name'], model.trained_context) == (5, 32, 'gpt2', 32)
+    idx = torch.randint(1100, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model(idx), gpt(idx))
+        assert abs(model.train()(idx, idx) - model.eval()(idx, idx)) < 0.05  # padding must not weigh in the softmax
+    assert os.listdir(tmp_path) == ['model.pt']
+
+
+def test_find_takes_most_steps_then_the_newest_run(gpt, tmp_path):
+    def write(name, step):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save(tmp_path / name, gpt, {}, step=step)
+        time.sleep(0.02)
+        return str(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match='quickstart'):
+        find(tmp_path)
+    write('a/model.pt', 9)
+    newest = write('b/ckpt.pt', 3)
+    write('b/best.pt', 8)
+    write('model_int8.pt', 9)
+    assert find(tmp_path) == newest
+    model = write('model.pt', 5)
+    assert find(tmp_path) == model
+    assert find(tmp_path) != write('ckpt.pt', 4)
+    assert write('ckpt.pt', 6) == find(tmp_path)
+    assert find(model) == model
+
+
+def test_damaged_files_are_refused(gpt, tmp_path):
+    path = tmp_path / 'model.pt'
+    save(path, gpt, {}, step=1)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for contents in (bytes(flipped), whole[:-100], whole[:1000], b'', b'not a model'):
+        path.write_bytes(contents)
+        with pytest.raises(ValueError, match='damaged'):
+            load(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match='format version'):
+        load(path)
+    torch.save({**read_whole(whole, tmp_path), 'config': dict(SMALL, n_embd=64)}, path)
+    with pytest.raises(ValueError, match='do not fit'):
+        load(path)
+
+
+def read_whole(contents, tmp_path):
+    (tmp_path / 'copy.pt').write_bytes(contents)
+    return read(tmp_path / 'copy.pt')
+
+
+# tokens ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def reference(tmp_path_factory):
+    """tiktoken's own r50k_base, GPT-2's vocabulary: our file stands in its cache, and it checks the hash."""
+    path = os.path.join(HERE, 'data', 'gpt2.tiktoken')
+    cache = tmp_path_factory.mktemp('tiktoken')
+    url = 'https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken'
+    shutil.copy(path, cache / hashlib.sha1(url.encode()).hexdigest())
+    os.environ['TIKTOKEN_CACHE_DIR'] = str(cache)
+    return tiktoken.get_encoding('r50k_base')
+
+
+def random_text(rng, length):
+    alphabets = ['abc THE the ', ' \n\t', "'s't1290!?<|endoftext|>", 'éß日本語한국', '🎭👩‍👩‍👧', '\x00\x1c\x1f\x85\xa0\u2028\u3000']
+    return ''.join(rng.choice(rng.choice(alphabets)) * rng.choice((1, 1, 1, 5)) for _ in range(length))
+
+
+def test_tokens_equal_tiktoken(reference):
+    ours = GPT2Tokenizer()
+    text = open(os.path.join(HERE, 'input.txt'), encoding='utf-8', newline='').read()
+    assert ours.encode(text) == reference.encode_ordinary(text)
+    assert (ours.eot, ours.vocab_size) == (reference.eot_token, reference.n_vocab)
+    assert ours.encode('a<|endoftext|>b', special_tokens=True) == reference.encode('a<|endoftext|>b', allowed_special='all')
+    for seed in range(100):
+        text = random_text(random.Random(seed), 300)
+        assert ours.encode(text) == reference.encode(text, disallowed_special=())
+        assert ours.decode_bytes(ours.encode(text)) == text.encode()
+    assert [ours.decode_bytes([i]) for i in range(50257)] == [reference.decode_bytes([i]) for i in range(50257)]
+    assert ours.decode_bytes(ours.encode('\ud800')) == '\ufffd'.encode()  # a lone surrogate is no Unicode
+
+
+def test_pieces_encode_as_the_whole(reference):
+    for seed in range(100):
+        rng = random.Random(seed)
+        text = random_text(rng, 400)
+        blocks, at = [], 0
+        while at < len(text):
+            size = rng.choice((1, 7, 50, 200))
+            blocks.append(text[at:at + size])
+            at += size
+        pieces = list(cut_exactly(blocks))
+        assert ''.join(pieces) == text
+        assert [i for piece in pieces for i in reference.encode_ordinary(piece)] == reference.encode_ordinary(text)
+
+
+@pytest.mark.parametrize('blank', [' ', '\n', '\u3000'])
+def test_a_million_blanks_are_tokens(reference, blank):
+    """tiktoken itself panics there; its tokens for a shorter run show the pattern."""
+    ours = GPT2Tokenizer()
+    for text in ('a' + blank * 150_000 + 'b', blank * 150_000, 'x' + blank * 150_000):
+        assert ours.encode(text) == reference.encode_ordinary(text)
+    text = 'a' + blank * 2_000_000 + 'b'
+    assert ours.decode_bytes(ours.encode(text)) == text.encode()
+
+
+def test_char_tokenizer():
+    tokenizer = CharTokenizer('hello\n🎭日')
+    assert tokenizer.vocab_size == 7 and tokenizer.eot is None
+    assert tokenizer.decode_bytes(tokenizer.encode('hole🎭日')) == 'hole🎭日'.encode()
+    assert tokenizer.encode('\nh') == [tokenizer.start, 2] and tokenizer.encode('') == []
+    with pytest.raises(ValueError, match="'x'"):
+        tokenizer.encode('hex')
+    with pytest.raises(ValueError, match='70,000'):
+        CharTokenizer(map(chr, range(70_000)))
+
+
+def test_the_corpus_splits_as_published(tmp_path, monkeypatch, reference):
+    monkeypatch.chdir(tmp_path)
+    corpus = os.path.join(HERE, 'input.txt')
+    assert prepare(corpus)['tokens'] == {'train': 301_966, 'val': 36_059}
+    assert prepare(corpus, val_fraction=0.0)['tokens'] == {'train': 338_025}
+    train, val, meta = load_data('shakespeare')
+    assert val is None and sorted(os.listdir('data/shakespeare')) == ['meta.json', 'train.bin']
+    text = open(corpus, encoding='utf-8', newline='').read()
+    assert train.tolist() == reference.encode_ordinary(text)
+    assert meta['source']['sha256'] == '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+
+
+def test_folders_globs_and_document_ends(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs('texts/sub')
+    for name, text in (('a.txt', 'one'), ('sub/b.txt', 'two\r\n'), ('c.md', 'three')):
+        with open(f'texts/{name}', 'w', encoding='utf-8', newline='') as f:
+            f.write(text)
+    ours = GPT2Tokenizer()
+    prepare('texts', 'folder', val_fraction=0.0)
+    assert ours.decode_bytes(load_data('folder')[0]) == b'one<|endoftext|>three<|endoftext|>two\r\n'
+    prepare('texts/*', 'glob', 'char', val_fraction=0.0)
+    meta = load_data('glob')[2]
+    assert CharTokenizer(meta['tokenizer']['characters']).decode_bytes(load_data('glob')[0]) == b'one\nthree'
+    with open('stories.txt', 'w', encoding='utf-8') as f:
+        f.write('once\n<|endoftext|>\nupon')
+    prepare('stories.txt', 'plain', val_fraction=0.0)
+    prepare('stories.txt', 'special', val_fraction=0.0, special_tokens=True)
+    assert 50256 not in load_data('plain')[0] and np.count_nonzero(load_data('special')[0] == 50256) == 1
+
+
+def test_bad_texts_are_refused_and_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'good.txt').write_text('some words to keep')
+    (tmp_path / 'bad.txt').write_bytes(b'x' * 70_000 + '🎭'.encode()[:2] + b'y')
+    (tmp_path / 'empty.txt').write_text('')
+    prepare('good.txt', 'kept')
+    before = {name: open(f'data/kept/{name}', 'rb').read() for name in os.listdir('data/kept')}
+    for name, match in (('bad.txt', 'bad.txt: not UTF-8 at byte 70,000'), ('empty.txt', 'empty'), ('none.txt', 'no such')):
+        with pytest.raises((ValueError, OSError), match=match):
+            prepare(name, 'kept')
+    assert before == {name: open(f'data/kept/{name}', 'rb').read() for name in os.listdir('data/kept')}
+    (tmp_path / 'data/kept/val.bin').write_bytes(b'123')
+    with pytest.raises(ValueError, match='val.bin'):
+        load_data('kept')
+
+
+def test_prepare_imports_no_torch():
+    subprocess.run([sys.executable, '-c', 'import sys, prepare; assert "torch" not in sys.modules'], cwd=HERE, check=True)
+
+
+# settings -------------------------------------------------------------------------------------------------------------
+
+def settings(monkeypatch, *args, **namespace):
+    monkeypatch.setattr(sys, 'argv', ['script.py', *map(str, args)])
+    namespace = namespace or dict(batch_size=8, lr=0.1, name='a', flag=False, compile='auto', _private=3, math=math, LIMIT=1)
+    return config.configure(namespace, dict(batch_size=(1, 99)) if 'batch_size' in namespace else {}), namespace
+
+
+def test_settings_apply_in_order(monkeypatch, tmp_path):
+    (tmp_path / 'one.py').write_text('import math\n_half = batch_size // 2\nbatch_size = _half\ndef f(): return lr\n'
+                                     'lr = 2 * f()\ncompile = False\n', encoding='utf-8')
+    result, namespace = settings(monkeypatch, '--batch_size=10', tmp_path / 'one.py', '--name', 'x=y', '--flag', '--lr=1e-3')
+    assert result == dict(batch_size=5, lr=0.001, name='x=y', flag=True, compile='False')
+    assert namespace['batch_size'] == 5 and config.given == {'batch_size', 'name', 'flag', 'lr', 'compile'}
+    assert settings(monkeypatch, '--lr=3', '--flag', 'False', '--name=')[0] == dict(
+        batch_size=8, lr=3.0, name='', flag=False, compile='auto')
+    assert settings(monkeypatch)[0]['flag'] is False and not config.given
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--batchsize=3'], ['batchsize', "'batch_size'"]), (['--batch_size=x'], ['batch_size', 'int', "'x'"]),
+    (['--batch_size=1e3'], ['int']), (['--batch_size=True'], ['int']), (['--lr=True'], ['float']), (['--flag=1'], ['bool']),
+    (['--batch_size'], ['needs a value']), (['--name', '--flag'], ['needs a value']), (['--_private=1'], ['unknown']),
+    (['--batch_size=100'], ['at most 99']), (['--batch_size=0'], ['at least 1']), (['--'], ['unknown']),
+    (['nope.py'], ['nope.py', 'no such config file'])], ids=str)
+def test_wrong_settings_are_refused(monkeypatch, capsys, args, words):
+    with pytest.raises(SystemExit) as exit:
+        settings(monkeypatch, *args)
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith('script.py: ')
+    assert all(word in lines[0] for word in words), lines
+
+
+@pytest.mark.parametrize('source, words', [
+    ('batchsize = 3', ["'batch_size'"]), ('batch_size = 2.0', ['int', '2.0']), ('batch_size = True', ['int']), ('name = 3', ['str']),
+    ('name = True', ['str']), ('x = [1]', ['unknown']), ('batch_size = print', ['int']), ('a b', ['line 1', 'SyntaxError']),
+    ('\nlr = nope', ['line 2', 'nope'])])
+def test_wrong_config_files_are_refused(monkeypatch, capsys, tmp_path, source, words):
+    (tmp_path / 'c.py').write_text(source)
+    with pytest.raises(SystemExit) as exit:
+        settings(monkeypatch, tmp_path / 'c.py')
+    line = capsys.readouterr().err
+    assert exit.value.code == 2 and 'c.py' in line and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize('script', ['prepare.py', 'train.py', 'sample.py'])
+def test_help_is_the_source(script, tmp_path):
+    process = run(script, '--help', cwd=tmp_path)
+    assert process.returncode == 0 and process.stderr == ''
+    source = open(os.path.join(HERE, script), encoding='utf-8').read()
+    assert source.split('"""')[1].strip() in process.stdout
+    shown = re.findall(r'^  --(\w+)=', process.stdout, re.M)
+    body = source[source.index('# run'):] if script == 'train.py' else source
+    assert len(shown) >= 5 and shown == re.findall(r"^ *(\w+) = ['\w.-]+ +# ", body[:body.index('configure(globals()')], re.M)
+
+
+PRESETS = sorted(name for name in os.listdir(os.path.join(HERE, 'config')) if name.endswith('.py') and name != '__init__.py')
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_presets_are_valid_and_keep_to_their_folders(preset, monkeypatch):
+    source = open(os.path.join(HERE, 'train.py'), encoding='utf-8').read()
+    start = source.index('# run\n')
+    end = source.index('# -- the run')
+    monkeypatch.setattr(sys, 'argv', ['train.py', f'config/{preset}'])
+    namespace = {'configure': config.configure}
+    exec(source[start:end], namespace)
+    if preset == 'shakespeare.py':
+        assert namespace['out_dir'] == 'out'
+    else:
+        assert namespace['out_dir'] == f"out/{preset[:-3]}"
+    if re.search(r'_b\d|int8', preset):
+        assert namespace['val_fraction'] == 0 and namespace['shift_windows'] is False
+
+
+# the scripts, as a user runs them -------------------------------------------------------------------------------------
+
+def log_of(out):
+    with open(out / 'log.csv', encoding='utf-8', newline='') as f:
+        rows = list(csv.DictReader(f))
+    return [{key: row[key] for key in ('step', 'loss', 'grad_norm', 'lr', 'train_loss', 'val_loss')} for row in rows]
+
+
+def test_train_reports_and_writes(folder):
+    out, text = folder / 'out/tiny', (folder / 'stdout.txt').read_text(encoding='utf-8')
+    assert sorted(os.listdir(out)) == ['best.pt', 'ckpt.pt', 'log.csv', 'model.pt']
+    rows = log_of(out)
+    assert [row['step'] for row in rows] == ['5', '10', '15', '20']
+    assert [bool(row['val_loss']) for row in rows] == [False, True, False, True]
+    for words in ('parameters', 'training tokens', 'steps an epoch', 'tok/s', 'mfu', 'left', 'max_iters 20 reached',
+                  'at first', 'first step under', 'best', 'validation', 'train'):
+        assert words in text, words
+    model, meta = load(out)
+    train, val, data_meta = load_data(folder / 'data/tiny')
+    assert meta['step'] == 20 and meta['tokenizer'] == data_meta['tokenizer'] and meta['trained_context'] == 16
+    assert abs(meta['losses']['validation'] - split_loss(model, val, 16)) < 1e-5
+    for name in ('ckpt.pt', 'best.pt', 'model.pt'):
+        torch.load(out / name, weights_only=True)
+
+
+def test_train_refuses_to_start_over_a_run(folder):
+    before = (folder / 'out/tiny/log.csv').read_bytes()
+    one_line(run('train.py', *TINY_RUN, '--out_dir=out/tiny', cwd=folder), 1, '--init_from=resume', '--overwrite')
+    one_line(run('train.py', '--out_dir=out/tiny', '--init_from=resume', '--n_layer=2', cwd=folder), 2, 'n_layer', '1')
+    assert (folder / 'out/tiny/log.csv').read_bytes() == before
+
+
+@pytest.mark.parametrize('args, status, words', [
+    (['--learning_rat=1'], 2, ['learning_rate']), (['--max_iters=many'], 2, ['int']), (['--n_head=3'], 2, ['n_embd', 'n_head']),
+    (['--seq_len=99'], 2, ['seq_len', '16']), (['--schedule=cosin'], 2, ['cosine']), (['--device=tpu'], 2, ['tpu']),
+    (['--tokenizer=gpt2'], 2, ['char', 'gpt2']), (['--val_fraction=0.5'], 2, ['0.1', '0.5']),
+    (['--input=other.txt'], 2, ['input.txt', 'other.txt']), (['--input=none.txt'], 1, ['none.txt']),
+    (['--block_size=5000'], 1, ['seq_len 5000']), (['--init_from=resume'], 1, ['nothing to resume']),
+    (['--init_from=nope.pt'], 1, ['nope.pt'])], ids=lambda value: str(value[0]) if isinstance(value, list) else '')
+def test_train_refuses_in_one_line(folder, args, status, words):
+    (folder / 'other.txt').write_text('another text')
+    one_line(run('train.py', *TINY_RUN, '--out_dir=out/none', *args, cwd=folder), status, 'train.py: ', *words)
+    assert not (folder / 'out/none').exists()
+
+
+def same_run(a, b):
+    """Weights, optimizer and log equal to the bit, timings aside."""
+    one, two = read(a / 'ckpt.pt'), read(b / 'ckpt.pt')
+    assert log_of(a) == log_of(b)
+    assert one['model'].keys() == two['model'].keys() and all(torch.equal(one['model'][k], two['model'][k]) for k in one['model'])
+    for i, moments in one['optimizer']['state'].items():
+        assert all(torch.equal(moments[k], two['optimizer']['state'][i][k]) for k in moments)
+    drop = ('seconds', 'log_bytes')
+    assert {k: v for k, v in one['state'].items() if k not in drop} == {k: v for k, v in two['state'].items() if k not in drop}
+
+
+def test_a_killed_run_resumes_to_the_bit(folder):
+    """SIGKILL, SIGTERM and SIGINT at whatever moment, each resumed, against a run never stopped. Dropout included."""
+    args = [*TINY_RUN, '--max_iters=1500', '--dropout=0.1', '--eval_interval=100', '--checkpoint_interval=50']
+    assert run('train.py', *args, '--out_dir=out/whole', cwd=folder).returncode == 0
+    for i, (number, status) in enumerate(((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130))):
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, 'train.py'), *args, '--out_dir=out/cut', '--init_from=auto'],
+                                   cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith('step ') and int(line.split()[1].split('/')[0].replace(',', '')) > 300 * (i + 1):
+                break
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == status, error
+        assert status < 0 or '--init_from=resume' in error
+    process = run('train.py', '--out_dir=out/cut', '--init_from=resume', cwd=folder)
+    assert process.returncode == 0, process.stderr
+    same_run(folder / 'out/whole', folder / 'out/cut')
+
+
+def test_logging_and_evaluating_do_not_change_the_weights(folder):
+    args = [*TINY_RUN, '--out_dir=out/quiet', '--log_interval=0', '--eval_interval=0', '--sample_interval=7']
+    assert run('train.py', *args, cwd=folder).returncode == 0
+    quiet, loud = load(folder / 'out/quiet')[0], load(folder / 'out/tiny')[0]
+    assert all(torch.equal(a, b) for a, b in zip(quiet.state_dict().values(), loud.state_dict().values()))
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'onecycle'])
+def test_learning_rates_equal_the_published_formulas(folder, schedule):
+    """Reference run D's published rule, scaled to 50 steps; torch's OneCycleLR for run E."""
+    args = [*TINY_RUN, f'--schedule={schedule}', '--max_iters=50', '--warmup_iters=5', '--min_lr=0', '--learning_rate=3e-4',
+            '--log_interval=1', '--eval_interval=0', '--checkpoint_interval=0', f'--out_dir=out/{schedule}']
+    assert run('train.py', *args, cwd=folder).returncode == 0
+    rates = [float(row['lr']) for row in log_of(folder / 'out' / schedule)]
+    if schedule == 'cosine':
+        want = [3e-4 * (i + 1) / 5 if i < 5 else 1.5e-4 * (1 + math.cos(math.pi * (i - 5) / 45)) for i in range(50)]
+    else:
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, total_steps=50)
+        want = []
+        for _ in range(50):
+            want.append(optimizer.param_groups[0]['lr'])
+            optimizer.step()
+            if len(want) < 50:
+                scheduler.step()
+        beta1 = read(folder / 'out/onecycle/ckpt.pt')['optimizer']['param_groups'][0]['betas'][0]
+        assert abs(beta1 - optimizer.param_groups[0]['betas'][0]) < 1e-9
+    assert np.abs(np.array(rates) - want).max() < 1e-9
+
+
+def test_accumulation_equals_a_larger_batch(folder):
+    for name, args in (('one', ['--batch_size=8']), ('two', ['--batch_size=4', '--gradient_accumulation_steps=2'])):
+        assert run('train.py', *TINY_RUN, f'--out_dir=out/{name}', *args, cwd=folder).returncode == 0
+    one, two = (log_of(folder / 'out' / name) for name in ('one', 'two'))
+    assert all(abs(float(a['loss']) - float(b['loss'])) < 1e-4 for a, b in zip(one, two)) and len(one) == 4
+
+
+def test_the_threshold_stops_the_run_and_a_model_can_start_another(folder):
+    args = [*TINY_RUN, '--max_iters=5000', '--learning_rate=1e-2', '--loss_threshold=1.5', '--warmup_iters=1', '--min_lr=1e-2',
+            '--log_interval=0', '--eval_interval=0']
+    process = run('train.py', *args, '--out_dir=out/threshold', cwd=folder)
+    assert process.returncode == 0 and 'under 1.5' in process.stdout, process.stderr
+    state = read(folder / 'out/threshold/ckpt.pt')['state']
+    assert state['step'] % 10 == 0 and sum(state['recent']) / len(state['recent']) < 1.5
+    process = run('train.py', *TINY_RUN, '--init_from=out/threshold', '--out_dir=out/tuned', '--max_iters=5', cwd=folder)
+    assert process.returncode == 0, process.stderr
+    assert read(folder / 'out/tuned/ckpt.pt')['state']['first_loss'] < 1.8
+
+
+def test_a_run_that_blows_up_keeps_its_last_checkpoint(folder):
+    args = [*TINY_RUN, '--out_dir=out/nan', '--learning_rate=999', '--min_lr=999', '--warmup_iters=0', '--max_iters=4000',
+            '--grad_clip=0', '--weight_decay=900', '--checkpoint_interval=1', '--log_interval=0', '--eval_interval=0']
+    one_line(run('train.py', *args, cwd=folder), 1, 'blown up', '--learning_rate')
+    weights = read(folder / 'out/nan/ckpt.pt')['model']
+    assert all(p.isfinite().all() for p in weights.values())
+
+
+def test_sample_prints_the_text_alone(folder):
+    process = run('sample.py', '--start=The cat', '--max_new_tokens=30', '--num_samples=2', cwd=folder)  # out/'s newest run
+    assert process.returncode == 0, process.stderr
+    texts = process.stdout.split('\n---------------\n')
+    assert len(texts) == 2 and all(text.startswith('The cat') for text in texts)
+    assert 'tokens/s' in process.stderr and 'parameters, step' in process.stderr and '\ufffd' not in process.stdout
+    assert process.stdout == run('sample.py', '--start=The cat', '--max_new_tokens=30', '--num_samples=2', cwd=folder).stdout
+    (folder / 'prompt.txt').write_text('日本 🎭', encoding='utf-8')
+    process = run('sample.py', '--start=FILE:prompt.txt', '--temperature=0', '--max_new_tokens=5', '--checkpoint=out/tiny', cwd=folder)
+    assert process.stdout.startswith('日本 🎭') and len(process.stdout) == len('日本 🎭') + 5 + 1
+    assert run('sample.py', '--checkpoint=out/tiny/best.pt', cwd=folder).returncode == 0  # an empty prompt
+
+
+@pytest.mark.parametrize('args, status, words', [
+    (['--tempratur=1'], 2, ['temperature']), (['--top_k=x'], 2, ['int']), (['--temperature=-1'], 2, ['at least 0']),
+    (['--temperature=nan'], 2, ['nan']), (['--checkpoint=none'], 1, ['none', 'quickstart']), (['--checkpoint=input.txt'], 1, ['damaged']),
+    (['--start=FILE:none.txt'], 1, ['none.txt']), (['--start=FILE:latin.txt'], 1, ['not UTF-8']), (['--start=@'], 1, ["'@'"]),
+    (['--context=17'], 2, ['16']), (['--device=tpu'], 2, ['tpu'])], ids=lambda value: str(value[0]) if isinstance(value, list) else '')
+def test_sample_refuses_in_one_line(folder, args, status, words):
+    (folder / 'latin.txt').write_bytes('é'.encode('latin-1'))
+    process = run('sample.py', '--checkpoint=out/tiny', *args, cwd=folder)
+    process.stderr = '\n'.join(line for line in process.stderr.splitlines() if 'parameters, step' not in line)
+    one_line(process, status, 'sample.py: ', *words)
+    assert process.stdout == ''
+
+
+@pytest.mark.parametrize('args, status, words', [
+    (['--datset=x'], 2, ['dataset']), (['--val_fraction=one'], 2, ['float']), (['--val_fraction=1'], 2, ['at most']),
+    (['--input=none'], 1, ['none']), (['--tokenizer=bpe'], 2, ['gpt2, char'])], ids=lambda value: str(value[0]) if isinstance(value, list) else '')
+def test_prepare_refuses_in_one_line(folder, args, status, words):
+    one_line(run('prepare.py', *args, cwd=folder), status, 'prepare.py: ', *words)
+
+
+def test_prepare_as_a_user_runs_it(folder):
+    process = run('prepare.py', '--tokenizer=char', '--dataset=again', '--val_fraction=0.25', cwd=folder)
+    assert process.returncode == 0 and 'data/again/val.bin' in process.stdout, process.stderr
+    meta = json.loads((folder / 'data/again/meta.json').read_text(encoding='utf-8'))
+    assert meta['tokens'] == {'train': 1440, 'val': 480} and meta['tokenizer']['vocab_size'] == len(set((folder / 'input.txt').read_text(encoding='utf-8')))
+
+
+def test_bins_of_nanogpt_train(folder):
+    """Without a meta.json the ids are taken for GPT-2's."""
+    os.makedirs(folder / 'data/nano')
+    np.arange(200, dtype='<u2').tofile(folder / 'data/nano/train.bin')
+    process = run('train.py', '--dataset=nano', '--out_dir=out/nano', *[a for a in TINY_RUN if 'tokenizer' not in a and 'dataset' not in a],
+                  '--max_iters=2', cwd=folder)
+    assert process.returncode == 0 and 'the training split stands in' in process.stdout, process.stderr
+    assert load(folder / 'out/nano')[1]['tokenizer'] == {'name': 'gpt2', 'vocab_size': 50257}
