@@ -67,10 +67,26 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # (2, B, nh, S, hs), filled up to `start`
             cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
             k, v = cache[:, :, :, :start + T]
-        # is_causal aligns top-left, so it fits only where nothing is cached; one new position sees everything anyway
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0)
+        dropout = self.dropout if self.training else 0.0
+        if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and 1 < T <= 512 and cache is None:
+            y = attend_in_products(q, k, v, dropout)
+        else:  # is_causal aligns top-left: right where nothing is cached; one new position sees everything anyway
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+def attend_in_products(q, k, v, dropout):
+    """Causal attention (B, nh, T, hs) in two plain products, for bfloat16 on a CPU.
+
+    torch 2.13's flash kernel has no fast bfloat16 there: forward and backward at 8 x 12 heads x 256 x 64 take 35 ms,
+    these 12 ms; at 12 x 4 x 64 x 32 it is 3.3 and 0.7 ms. The price is memory of T x T a head.
+    """
+    B, nh, T, hs = q.shape
+    q, k, v = (t.reshape(B * nh, T, hs) for t in (q, k, v))
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(mask.expand(B * nh, T, T), q, k.transpose(1, 2), alpha=hs**-0.5)
+    return torch.bmm(F.dropout(scores.softmax(dim=-1), dropout), v).view(B, nh, T, hs)
 
 
 class MLP(nn.Module):
