@@ -217,14 +217,58 @@ class GPT(nn.Module):
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * seq_len
 
     def param_groups(self, weight_decay):
-        """Two optimizer groups: matrices, which decay, and biases and norms, which do not. Raises if they miss one."""
-        params = dict(self.named_parameters())
-        decay = {name for name, p in params.items() if p.dim() >= 2}
-        rest = {name for name, p in params.items() if p.dim() < 2}
-        if decay & rest or decay | rest != params.keys():
-            raise RuntimeError(f'parameters in both groups or in none: {(decay & rest) | (params.keys() - decay - rest)}')
-        return [{'params': [p for name, p in params.items() if name in decay], 'weight_decay': weight_decay},
-                {'params': [p for name, p in params.items() if name in rest], 'weight_decay': 0.0}]
+        """Three optimizer groups: the blocks' matrices (for Muon, if one likes), the two embedding tables, and biases and
+        norms, which do not decay. Raises RuntimeError if they are not disjoint and complete.
+        """
+        blocks = [p for p in self.h.parameters() if p.dim() == 2]
+        tables = [self.wte.weight, self.wpe.weight]
+        vectors = [p for p in self.parameters() if p.dim() < 2]
+        if sorted(map(id, blocks + tables + vectors)) != sorted(map(id, self.parameters())):
+            raise RuntimeError('a parameter is in two optimizer groups or in none')
+        return [{'params': blocks, 'weight_decay': weight_decay}, {'params': tables, 'weight_decay': weight_decay},
+                {'params': vectors, 'weight_decay': 0.0}]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized: all directions of a matrix are learnt at one rate. For 2-D weights only.
+
+    Keller Jordan's, https://kellerjordan.github.io/posts/muon/. Scaled by 0.2·√max(rows, columns), an update is as long
+    as AdamW's, so that one learning rate serves both (Moonlight, https://arxiv.org/abs/2502.16982). c_attn (3C, C) is
+    three matrices, q, k and v. `dtype` is what the products run in; bfloat16 is slow on a CPU without it.
+    """
+    def __init__(self, groups, lr, momentum=0.95, dtype=torch.bfloat16):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same_shape = {}  # the matrices of a shape go through the products as one batch
+            for p in group['params']:
+                average = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group['momentum'])
+                update = p.grad.lerp_(average, group['momentum'])  # Nesterov; the gradient is spent here
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                parts = 3 if p.size(0) == 3 * p.size(1) else 1
+                for weight, matrix in zip(p.chunk(parts), update.chunk(parts)):
+                    same_shape.setdefault(matrix.shape, []).append((weight, matrix))
+            for shape, pairs in same_shape.items():
+                updates = orthogonalize(torch.stack([matrix for _, matrix in pairs]).to(self.dtype))
+                for (weight, _), update in zip(pairs, updates):
+                    weight.add_(update, alpha=-0.2 * max(shape)**0.5 * group['lr'])
+
+
+def orthogonalize(x, steps=5):
+    """Matrices (n, rows, columns) with all singular values brought near 1 by Newton-Schulz iteration, Muon's quintic."""
+    tall = x.size(1) > x.size(2)
+    if tall:
+        x = x.transpose(1, 2)
+    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(x.dtype)  # all under 1, where it converges
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)
+        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, poly, x, beta=3.4445)
+    return x.transpose(1, 2) if tall else x
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from config import configure, fail, given
-from model import (GPT, GPTConfig, device_name, keep_freed_memory, load, peak_flops, pick_device, pick_dtype, read, save,
+from model import (GPT, GPTConfig, Muon, device_name, keep_freed_memory, load, peak_flops, pick_device, pick_dtype, read, save,
                    split_loss)
 from prepare import find_files, get_tokenizer, load_data, prepare, sha256_of
 
@@ -47,7 +47,7 @@ seq_len = 0                      # tokens a window; 0 = block_size
 gradient_accumulation_steps = 1  # forward passes a step: a larger batch in the same memory
 shift_windows = True             # draw each epoch's first cut; generalises better, False keeps the windows fixed
 # optimizer
-optimizer = 'adamw'              # adamw
+optimizer = 'adamw'              # adamw, or muon for the blocks' matrices (twice the progress a step) and adamw for the rest
 learning_rate = 6e-4             # the highest
 min_lr = 6e-5                    # where cosine and linear end
 schedule = 'cosine'              # cosine, onecycle (as torch's OneCycleLR; sets beta1 too), linear or constant
@@ -78,7 +78,7 @@ seed = 1337                      # of weights, order of windows, dropout
 
 settings = configure(globals(), dict(
     val_fraction=(0, 0.999999), tokenizer=('gpt2', 'char'), n_layer=(1,), n_head=(1,), n_embd=(1,), block_size=(1,),
-    dropout=(0, 0.999999), batch_size=(1,), seq_len=(0,), gradient_accumulation_steps=(1,), optimizer=('adamw',),
+    dropout=(0, 0.999999), batch_size=(1,), seq_len=(0,), gradient_accumulation_steps=(1,), optimizer=('adamw', 'muon'),
     learning_rate=(0, 1e3), min_lr=(0, 1e3), schedule=('cosine', 'onecycle', 'linear', 'constant'), warmup_iters=(0,),
     lr_decay_iters=(0,), weight_decay=(0, 1e3), beta1=(0, 0.999999), beta2=(0, 0.99999999), grad_clip=(0, 1e9),
     max_iters=(0,), loss_threshold=(0, 1e9), patience=(0,), max_minutes=(0, 1e9), log_interval=(0,), eval_interval=(0,),
@@ -194,8 +194,11 @@ else:
     model.trained_context = max(T, model.trained_context)
 model.train()
 raw_model = model  # the one to save: a compiled model prefixes its names with _orig_mod.
-adamw = torch.optim.AdamW(model.param_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2),
-                          fused=device_type in ('cuda', 'cpu'))
+groups = model.param_groups(weight_decay)
+optimizers = [torch.optim.AdamW(groups[1:] if optimizer == 'muon' else groups, lr=learning_rate, betas=(beta1, beta2),
+                                fused=device_type in ('cuda', 'cpu'))]
+if optimizer == 'muon':
+    optimizers.append(Muon(groups[:1], lr=learning_rate, dtype=compute_dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=compute_dtype == torch.float16)
 if compile == 'True' or compile == 'auto' and device_type == 'cuda':
     model = torch.compile(model)
@@ -205,7 +208,8 @@ state = dict(step=0, seconds=0.0, log_bytes=0, logged_step=0, loss_sum=0.0, loss
              best_loss=math.inf, grad_norm=0.0, best_val=math.inf, best_val_step=0, bad_evals=0, passed={}, losses={})
 if checkpoint:
     state = checkpoint['state']
-    adamw.load_state_dict(copy.deepcopy(checkpoint['optimizer']))  # off the memory map of a file that will be replaced
+    for one, kept in zip(optimizers, copy.deepcopy(checkpoint['optimizers'])):  # off a memory map of a file soon replaced
+        one.load_state_dict(kept)
     scaler.load_state_dict(checkpoint['scaler'])
 milestones = [m for m in (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold) if m]
 threshold_window = min(epoch_steps, 100)
@@ -260,7 +264,7 @@ def save_checkpoint():
         drain()
         if saved_step != state['step']:
             save(files['ckpt.pt'], raw_model, data_meta['tokenizer'], kind='checkpoint', step=state['step'], made_by=made_by,
-                 losses=state['losses'], settings=settings, data=data_meta, state=state, optimizer=adamw.state_dict(),
+                 losses=state['losses'], settings=settings, data=data_meta, state=state, optimizers=[one.state_dict() for one in optimizers],
                  scaler=scaler.state_dict())
             saved_step = state['step']
 
@@ -423,8 +427,9 @@ while True:
 
     # one step: forward, backward, clip, update
     lr, momentum = rate(step)
-    for group in adamw.param_groups:
-        group['lr'], group['betas'] = lr, (momentum, beta2)
+    for one in optimizers:
+        for group in one.param_groups:
+            group.update({'lr': lr, **({'betas': (momentum, beta2)} if 'betas' in group else {})})
     step_loss = torch.zeros((), device=device)
     for micro_step in range(gradient_accumulation_steps):
         if dropout:
@@ -434,12 +439,14 @@ while True:
             loss = model(x, y) / gradient_accumulation_steps
         scaler.scale(loss).backward()
         step_loss += loss.detach()
-    scaler.unscale_(adamw)
+    for one in optimizers:
+        scaler.unscale_(one)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     with lock:
-        scaler.step(adamw)
+        for one in optimizers:
+            scaler.step(one)
         scaler.update()
-        adamw.zero_grad(set_to_none=True)
+        raw_model.zero_grad(set_to_none=True)
         pending.append((step_loss, grad_norm))
         state['step'] += 1
         state['tokens'] += windows_per_step * T
