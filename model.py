@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 FORMAT_VERSION = 1
 
@@ -119,6 +120,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.trained_context = config.block_size  # the longest window it has learnt from, in tokens; load() sets it
+        self.gradient_checkpointing = False  # keep only the blocks' inputs for backward, and run each forward again
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -149,7 +151,10 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe.weight[start:start + T]  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, None if caches is None else caches[i], start)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if caches is None else caches[i], start)
         return self.ln_f(x)
 
     def head(self, x):
@@ -308,6 +313,18 @@ def split_loss(model, tokens, context, max_tokens=0, on_progress=None, batch_tok
             on_progress(done, n - 1)
     model.train(was_training)
     return total / (n - 1)
+
+
+def recited(model, tokens, length=50, texts=40):
+    """Share of `texts` places, spread evenly over tokens, from which greedy decoding gives the next `length` verbatim.
+
+    The prompt is the `length` tokens before, or half the trained context where that is shorter.
+    """
+    prompt = max(min(length, model.trained_context // 2), 1)
+    starts = torch.linspace(0, len(tokens) - prompt - length, texts).long()
+    ids = torch.stack([torch.from_numpy(tokens[s:s + prompt + length].astype('int64')) for s in starts])
+    written = torch.stack(list(model.generate(ids[:, :prompt], length, temperature=0)), dim=1)  # (texts, length)
+    return (written == ids[:, prompt:]).all(dim=1).double().mean().item()
 
 
 # devices --------------------------------------------------------------------------------------------------------------

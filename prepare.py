@@ -263,7 +263,7 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
 
 
 def load_data(dataset):
-    """The splits and meta of data/<dataset>/: (train, val or None, meta), the splits as uint16 memory maps.
+    """The splits and meta of data/<dataset>/: (train, val or None, meta), the splits as uint16 memory maps (copy on write).
 
     Bins without a meta.json, as nanoGPT leaves them, are taken for GPT-2's vocabulary. Raises ValueError for files
     that are not what the meta.json says.
@@ -280,7 +280,7 @@ def load_data(dataset):
         want = 2 * meta['tokens'].get(split, 0) if 'tokens' in meta else size // 2 * 2
         if size != want:
             raise ValueError(f'{path}: {size:,} bytes where {want:,} belong; prepare it again with prepare.py')
-        splits.append(np.memmap(path, dtype='<u2', mode='r') if size else None)
+        splits.append(np.memmap(path, dtype='<u2', mode='c') if size else None)
     return *splits, meta
 
 

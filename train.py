@@ -5,6 +5,8 @@ $ python train.py config/quickstart.py                     # characters, a small
 $ python train.py config/shakespeare.py --batch_size=32    # GPT-2 small (124M) on input.txt, until its loss is under 0.1
 $ python train.py config/shakespeare.py --init_from=resume # goes on where Ctrl-C, a kill or a power cut stopped it
 $ python train.py --input=my.txt --dataset=mine --out_dir=out/mine --seq_len=256 --max_iters=2000
+$ python train.py config/bench.py                          # tokens/s, MFU and memory of this machine, in under a minute
+$ torchrun --nproc_per_node=8 train.py config/shakespeare.py --init_from=auto --batch_size=64   # data parallel
 """
 import contextlib
 import copy
@@ -19,14 +21,15 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from config import configure, fail, given
-from model import (GPT, GPTConfig, Muon, device_name, keep_freed_memory, load, peak_flops, pick_device, pick_dtype, read, save,
-                   split_loss)
+from model import (GPT, GPTConfig, Muon, device_name, keep_freed_memory, load, peak_flops, pick_device, pick_dtype, read,
+                   recited, save, split_loss)
 from prepare import find_files, get_tokenizer, load_data, prepare, sha256_of
 
 # run
-out_dir = 'out'                  # folder of checkpoints, model and log
+out_dir = 'out'                  # folder of checkpoints, model and log; empty = write nothing
 init_from = 'scratch'            # scratch, resume, auto (resume what is there, else start) or a model file's path
 overwrite = False                # start over where a run already is
 # data
@@ -73,6 +76,7 @@ final_eval_tokens = 0            # tokens of each split in the losses at the end
 device = 'auto'                  # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'                   # auto (bfloat16 where the chip multiplies it, else float32), float32, bfloat16, float16
 compile = 'auto'                 # auto (on CUDA), True or False: a minute of compiling for faster steps
+gradient_checkpointing = False   # run each block's forward again in backward: a third slower, much less memory
 deterministic = False            # repeat bit for bit on CUDA too, somewhat slower
 seed = 1337                      # of weights, order of windows, dropout
 
@@ -85,11 +89,19 @@ settings = configure(globals(), dict(
     eval_iters=(1,), checkpoint_interval=(0,), sample_interval=(0,), final_eval_tokens=(0,),
     dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False'), seed=(0, 2**32)))
 
+# -- ranks: torchrun starts one process a device, all with the same command ---------------------------------------------
+rank, local_rank, ranks = (int(os.environ.get(name, default)) for name, default in (
+    ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+master = rank == 0  # the one that writes and prints
+if not master:
+    sys.stdout = open(os.devnull, 'w', encoding='utf-8')
+
 # -- the run: start over, go on, or refuse -----------------------------------------------------------------------------
 files = {name: os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt', 'model.pt', 'log.csv')}
-there = [path for path in files.values() if os.path.exists(path)]
+there = [path for path in files.values() if os.path.exists(path)] if out_dir else []
 if init_from == 'auto':
     init_from = 'resume' if files['ckpt.pt'] in there else 'scratch'
+    overwrite |= files['model.pt'] not in there  # killed before its first checkpoint: nothing to keep
 checkpoint = None
 if init_from == 'resume':
     if files['ckpt.pt'] not in there:
@@ -105,9 +117,20 @@ elif there and not overwrite:
     fail(f"{', '.join(there)}: a run is already there; --init_from=resume goes on with it, --overwrite replaces it, "
          f'--out_dir=out/another keeps it')
 
+accumulation, rows = gradient_accumulation_steps, batch_size  # this rank's share
+if accumulation % ranks == 0:
+    accumulation //= ranks
+elif rows % ranks == 0:
+    rows //= ranks
+else:
+    fail(f'{ranks} ranks cannot share batch_size {batch_size} x gradient_accumulation_steps {accumulation} evenly; '
+         f'make one of them a multiple of {ranks}', 2)
+
 # -- the data ----------------------------------------------------------------------------------------------------------
-if not os.path.exists(f'data/{dataset}/train.bin'):
+if master and not os.path.exists(f'data/{dataset}/train.bin'):
     prepare(input, dataset, tokenizer, val_fraction)
+if ranks > 1:  # the others wait here for the data
+    dist.init_process_group('nccl' if torch.cuda.is_available() and device in ('auto', 'cuda') else 'gloo')
 train_tokens, val_tokens, data_meta = load_data(dataset)
 has, way_out = data_meta.get('source', {}), 'name another --dataset, or prepare it again with prepare.py'
 if 'tokenizer' in given and tokenizer != data_meta['tokenizer']['name']:
@@ -143,22 +166,25 @@ def epoch_starts(epoch):
 
 
 def get_batch(step, micro_step):
-    """Inputs and targets (B, T) of a forward pass: a function of (seed, step) alone, however the run was cut."""
-    first = (step * gradient_accumulation_steps + micro_step) * batch_size
-    starts = [epoch_starts(i // windows)[i % windows] for i in range(first, first + batch_size)]
-    return to_device(train_tokens, starts)
+    """Inputs and targets (B, T) of a forward pass: a function of (seed, step) alone, however the run was cut or shared."""
+    first = step * windows_per_step + (micro_step * ranks + rank) * rows
+    return fetch(train_source, [epoch_starts(i // windows)[i % windows] for i in range(first, first + rows)])
 
 
-def to_device(tokens, starts):
-    ids = torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts]).astype(np.int64))  # (B, T + 1)
-    if device.startswith('cuda'):
-        ids = ids.pin_memory().to(device, non_blocking=True)
-    ids = ids.to(device)
+def fetch(tokens, starts):
+    """The windows of T tokens at `starts` and their next tokens, each (B, T), on the device."""
+    starts = torch.tensor(np.array(starts))[:, None]
+    if tokens.is_cuda:
+        starts = starts.pin_memory().to(device, non_blocking=True)
+    ids = tokens[starts + torch.arange(T + 1, device=starts.device)].to(device).long()  # (B, T + 1)
     return ids[:, :-1], ids[:, 1:].contiguous()
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 keep_freed_memory()
+if ranks > 1 and dist.get_backend() == 'nccl':
+    device = f'cuda:{local_rank}'
+    torch.cuda.set_device(device)
 try:
     device = pick_device(device)
     config = GPTConfig(block_size, data_meta['tokenizer']['vocab_size'], n_layer, n_head, n_embd, dropout, bias)
@@ -171,6 +197,10 @@ if deterministic:
     os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
     torch.use_deterministic_algorithms(True)
 device_type = device.split(':')[0]
+# on a GPU a corpus of up to half a billion tokens lives there, and only the windows' starts travel
+train_source, val_source = (
+    split if split is None else torch.from_numpy(split.astype(np.int32)).to(device)
+    if device_type == 'cuda' and len(split) < 2**29 else torch.from_numpy(split) for split in (train_tokens, val_tokens))
 autocast = functools.partial(torch.autocast, device_type, dtype=compute_dtype, enabled=compute_dtype != torch.float32)
 
 made_by = 'train.py ' + ' '.join(sys.argv[1:])
@@ -193,6 +223,7 @@ else:
         fail(f'--seq_len={T}: {init_from} has {block_size} positions; give --seq_len={block_size} or less', 2)
     model.trained_context = max(T, model.trained_context)
 model.train()
+model.gradient_checkpointing = gradient_checkpointing
 raw_model = model  # the one to save: a compiled model prefixes its names with _orig_mod.
 groups = model.param_groups(weight_decay)
 optimizers = [torch.optim.AdamW(groups[1:] if optimizer == 'muon' else groups, lr=learning_rate, betas=(beta1, beta2),
@@ -201,7 +232,14 @@ if optimizer == 'muon':
     optimizers.append(Muon(groups[:1], lr=learning_rate, dtype=compute_dtype))
 scaler = torch.amp.GradScaler(device_type, enabled=compute_dtype == torch.float16)
 if compile == 'True' or compile == 'auto' and device_type == 'cuda':
-    model = torch.compile(model)
+    model = torch.compile(model, dynamic=False)
+    try:
+        with autocast():
+            model(*get_batch(0, 0)).backward()
+    except Exception as error:
+        print(f"compile failed ({str(error).strip().splitlines()[0][:200]}); going on eagerly, which is slower", file=sys.stderr)
+        model = raw_model
+    raw_model.zero_grad(set_to_none=True)
 
 # -- the state of the run, all of it, and how it is kept ---------------------------------------------------------------
 state = dict(step=0, seconds=0.0, log_bytes=0, logged_step=0, loss_sum=0.0, loss_count=0, tokens=0, recent=[], first_loss=0.0,
@@ -216,6 +254,7 @@ threshold_window = min(epoch_steps, 100)
 pending = []  # (loss, gradient norm) of steps whose values are still on their way from the device
 lock = threading.RLock()  # held while weights, optimizer and state change together
 saved_step = -1
+wish = 0  # a signal's number, in a run of several ranks, which must stop together
 
 
 def rate(i):
@@ -262,7 +301,7 @@ def save_checkpoint():
     global saved_step
     with lock:
         drain()
-        if saved_step != state['step']:
+        if master and out_dir and saved_step != state['step']:
             save(files['ckpt.pt'], raw_model, data_meta['tokenizer'], kind='checkpoint', step=state['step'], made_by=made_by,
                  losses=state['losses'], settings=settings, data=data_meta, state=state, optimizers=[one.state_dict() for one in optimizers],
                  scaler=scaler.state_dict())
@@ -273,13 +312,16 @@ def on_signal(receiver):
     """Wait for Ctrl-C or SIGTERM, save, end. A thread of its own: backward is one long call in which Python's own
     handlers would wait, and a save needs none of what it is computing.
     """
-    number = receiver.recv(1)[0]
+    global wish
+    number = wish = receiver.recv(1)[0]
+    if ranks > 1:  # the loop passes it on with the gradients
+        time.sleep(25)
+        os._exit(128 + number)  # the others are gone
     with lock:
         status = 1
         try:
             save_checkpoint()
-            print(f"\n{signal.Signals(number).name} at step {state['step']:,}: saved in {files['ckpt.pt']}; "
-                  f'go on with the same command and --init_from=resume', file=sys.stderr)
+            print_farewell(number)
             status = 128 + number
         finally:
             sys.stdout.flush()
@@ -287,8 +329,32 @@ def on_signal(receiver):
             os._exit(status)
 
 
+def print_farewell(number):
+    where = f"saved in {files['ckpt.pt']}; go on with the same command and --init_from=resume" if out_dir else 'nothing kept'
+    print(f"\n{signal.Signals(number).name} at step {state['step']:,}: {where}", file=sys.stderr)
+
+
+def exchange(step_loss, over):
+    """Average gradients and loss over all ranks, in place, once a step; return whether any has a signal, or time is over."""
+    grads = [p.grad for p in raw_model.parameters()]
+    flags = torch.tensor([wish == signal.SIGINT, wish == signal.SIGTERM, over], dtype=torch.float32, device=device)
+    flat = torch.cat([grad.flatten() for grad in grads] + [step_loss[None], flags])
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as error:
+        fail(f'rank {rank} lost the others: {str(error).splitlines()[0]}')
+    flat /= ranks
+    *parts, loss, flags = flat.split([grad.numel() for grad in grads] + [1, 3])
+    for grad, part in zip(grads, parts):
+        grad.copy_(part.view_as(grad))
+    step_loss.copy_(loss[0])
+    return flags
+
+
 def log_row(**row):
     """Append a row to log.csv, in one write."""
+    if not (master and out_dir):
+        return
     columns = ['step', 'loss', 'grad_norm', 'lr', 'train_loss', 'val_loss', 'tokens_per_s', 'seconds']
     line = ','.join(row.get(column, '') for column in columns) + '\n'
     with open(files['log.csv'], 'a', encoding='utf-8', newline='\n') as f:
@@ -305,10 +371,10 @@ def evaluate(tokens):
     count = (len(tokens) - 1) // T
     with autocast():
         if count <= eval_iters * batch_size:
-            return split_loss(raw_model, tokens, T)
+            return split_loss(raw_model, tokens.numpy(force=True), T)
         model.eval()
         starts = np.linspace(0, count - 1, eval_iters * batch_size).astype(np.int64) * T
-        losses = [model(*to_device(tokens, part)) for part in np.split(starts, eval_iters)]
+        losses = [model(*fetch(tokens, part)) for part in starts.reshape(-1, rows)]
         model.train()
         return torch.stack(losses).double().mean().item()
 
@@ -348,13 +414,13 @@ def memory():
 
 
 # -- start -------------------------------------------------------------------------------------------------------------
-os.makedirs(out_dir, exist_ok=True)
-if init_from == 'resume':
-    if os.path.exists(files['log.csv']):
+if master and out_dir:
+    os.makedirs(out_dir, exist_ok=True)
+    if init_from != 'resume':
+        for path in there:
+            os.remove(path)
+    elif os.path.exists(files['log.csv']):
         os.truncate(files['log.csv'], min(state['log_bytes'], os.path.getsize(files['log.csv'])))
-else:
-    for path in there:
-        os.remove(path)
 receiver, sender = socket.socketpair()
 sender.setblocking(False)
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -362,17 +428,18 @@ for number in (signal.SIGINT, signal.SIGTERM):
 signal.set_wakeup_fd(sender.fileno())
 threading.Thread(target=on_signal, args=(receiver,), daemon=True).start()
 
-peak = peak_flops(device, compute_dtype)
+peak = ranks * peak_flops(device, compute_dtype)
 flops = raw_model.flops_per_token(T)
-print(f'{raw_model.num_params():,} parameters on {device_name(device)}, {str(compute_dtype)[6:]}'
+print(f'{raw_model.num_params():,} parameters on {f"{ranks} x " if ranks > 1 else ""}{device_name(device)}, {str(compute_dtype)[6:]}'
       f'{", compiled" if model is not raw_model else ""}, {peak / 1e12:.3g} TFLOP/s at most')
 print(f'data/{dataset}: {len(train_tokens):,} training tokens, {0 if val_tokens is None else len(val_tokens):,} for validation'
       f'{" (none: the training split stands in)" if val_tokens is None else ""}; '
       f'{batch_size} x {T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
-print(f"{out_dir}: {'step ' + format(state['step'], ',') if init_from == 'resume' else 'a new run'}, up to step {max_iters:,}"
+print(f"{out_dir or 'nothing written'}: {'step ' + format(state['step'], ',') if init_from == 'resume' else 'a new run'}, up to step {max_iters:,}"
       + (f', or a loss under {loss_threshold}' if loss_threshold else ''))
 began = last_time = time.time()
 last_seconds, last_tokens, first_step = state['seconds'], state['tokens'], state['step']
+flags, over = None, False
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
 while True:
@@ -390,12 +457,12 @@ while True:
     stop = (f'max_iters {max_iters:,} reached' if step >= max_iters else
             f'loss {mean:.6f} under {loss_threshold}' if look and len(state['recent']) == threshold_window and mean < loss_threshold else
             f'no better validation loss in {patience} evaluations' if 0 < patience <= state['bad_evals'] else
-            f'{max_minutes} minutes over' if 0 < max_minutes < (looked - began) / 60 else '')
+            f'{max_minutes} minutes over' if over else '')
     if step > state['logged_step'] and (log or evaluation or stop):
         losses = {}
         if evaluation:
-            losses['train_loss'] = evaluate(train_tokens)
-            losses['val_loss'] = losses['train_loss'] if val_tokens is None else evaluate(val_tokens)
+            losses['train_loss'] = evaluate(train_source)
+            losses['val_loss'] = losses['train_loss'] if val_source is None else evaluate(val_source)
         with lock:
             drain()
             state['seconds'] = last_seconds + time.time() - began
@@ -415,7 +482,8 @@ while True:
                 state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
                 if better:
                     state.update(best_val=losses['val_loss'], best_val_step=step)
-                    save(files['best.pt'], raw_model, data_meta['tokenizer'], step=step, losses=losses, made_by=made_by)
+                    if master and out_dir:
+                        save(files['best.pt'], raw_model, data_meta['tokenizer'], step=step, losses=losses, made_by=made_by)
             last_time, last_tokens = looked, state['tokens']
     if sampling and step > first_step:
         print_sample()
@@ -431,14 +499,23 @@ while True:
         for group in one.param_groups:
             group.update({'lr': lr, **({'betas': (momentum, beta2)} if 'betas' in group else {})})
     step_loss = torch.zeros((), device=device)
-    for micro_step in range(gradient_accumulation_steps):
-        if dropout:
-            torch.manual_seed(hash((seed, step, micro_step)))  # resume draws the same
-        x, y = get_batch(step, micro_step)
-        with autocast():
-            loss = model(x, y) / gradient_accumulation_steps
-        scaler.scale(loss).backward()
-        step_loss += loss.detach()
+    try:
+        for micro_step in range(accumulation):
+            if dropout:
+                torch.manual_seed(hash((seed, step, micro_step, rank)))  # resume draws the same
+            x, y = get_batch(step, micro_step)
+            with autocast():
+                loss = model(x, y) / accumulation
+            scaler.scale(loss).backward()
+            step_loss += loss.detach()
+    except RuntimeError as error:
+        if 'out of memory' not in str(error) and 'allocate memory' not in str(error):
+            raise
+        fail(f'out of memory with batch_size {batch_size} x {T} tokens; lower --batch_size and raise '
+             f'--gradient_accumulation_steps as much, or lower --seq_len, or give --gradient_checkpointing')
+    over = 0 < max_minutes < (time.time() - began) / 60
+    if ranks > 1:
+        flags = exchange(step_loss, over and master)
     for one in optimizers:
         scaler.unscale_(one)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
@@ -450,29 +527,50 @@ while True:
         pending.append((step_loss, grad_norm))
         state['step'] += 1
         state['tokens'] += windows_per_step * T
+    if flags is not None and (device_type == 'cpu' or step % 10 == 9):  # reading them waits for the device
+        interrupted, terminated, over = (flags > 0).tolist()
+        if interrupted or terminated:
+            save_checkpoint()
+            number = signal.SIGTERM if terminated else signal.SIGINT
+            if master:
+                print_farewell(number)
+            dist.barrier()  # torchrun ends the others as soon as one is gone
+            sys.exit(128 + number)
+    elif flags is not None:
+        over = False
     if step == first_step + 2 and device_type == 'cpu':
         total = (time.time() - began) / 3 * (max_iters - first_step)
         if total > 1800:
             print(f'at this rate {max_iters - first_step:,} steps take {duration(total)} on this CPU; '
-                  f'python train.py config/quickstart.py shows all of it in a minute or two', flush=True)
+                  f'python train.py config/quickstart.py shows all of it within a minute', flush=True)
 
 # -- the end: the whole splits, the file to deploy, the report ---------------------------------------------------------
 save_checkpoint()
-final = {}
+if ranks > 1:
+    dist.destroy_process_group()
+if not master:
+    sys.exit()
+final, recitals = {}, {}
 for name, tokens in (('validation', val_tokens), ('train', train_tokens)):
     if tokens is not None and len(tokens) > 1:
         with autocast():
             final[name] = split_loss(raw_model, tokens, raw_model.trained_context, final_eval_tokens, progress(name))
-save(files['model.pt'], raw_model, data_meta['tokenizer'], step=state['step'], losses=final, made_by=made_by)
+        if not final_eval_tokens and len(tokens) > 100:
+            recitals[name] = recited(raw_model, tokens)
+if out_dir:
+    save(files['model.pt'], raw_model, data_meta['tokenizer'], step=state['step'], losses=final, made_by=made_by)
 
 print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {state['tokens'] / max(state['seconds'], 1e-9):,.0f} tokens/s")
 print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at best; first step under "
       + (', '.join(f'{float(key):g}: {value:,}' for key, value in state['passed'].items()) or 'none'))
 if state['best_val_step']:
-    print(f"best        {state['best_val']:.4f} validation at step {state['best_val_step']:,}, kept in {files['best.pt']}")
+    print(f"best        {state['best_val']:.4f} validation at step {state['best_val_step']:,}" + (f", kept in {files['best.pt']}" if out_dir else ''))
 for name, loss in final.items():
     tokens = val_tokens if name == 'validation' else train_tokens
     count = min(len(tokens), final_eval_tokens or len(tokens))
-    print(f'{name:11s} {loss:.4f} over {"all " if count == len(tokens) else "the first "}{count:,} tokens, in windows of {raw_model.trained_context}')
-print(f"{files['model.pt']} is what one deploys, {files['log.csv']} the curve. Now: python sample.py"
-      + ('' if out_dir == 'out' else f' --checkpoint={out_dir}'))
+    print(f'{name:11s} {loss:.4f} over {"all " if count == len(tokens) else "the first "}{count:,} tokens, in windows of {raw_model.trained_context}'
+          + (f'; greedy decoding recites {recitals[name]:.0%} of its 50-token continuations' if name in recitals else ''))
+if out_dir:
+    print(f"{files['model.pt']} is what one deploys. Now: python sample.py{'' if out_dir == 'out' else f' --checkpoint={out_dir}'}")
+    print(f"{files['log.csv']} has the curve, for a spreadsheet or gnuplot -p -e \"set datafile separator ','; "
+          f"plot '{files['log.csv']}' using 1:2 with lines\"")
