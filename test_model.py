@@ -22,7 +22,7 @@ import tiktoken
 import torch
 
 import config
-from model import GPT, GPTConfig, Muon, choose, find, load, orthogonalize, read, save, split_loss
+from model import GPT, GPTConfig, HeadLoss, Muon, choose, find, load, orthogonalize, read, save, split_loss
 from prepare import CharTokenizer, GPT2Tokenizer, cut_exactly, load_data, prepare
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -138,6 +138,23 @@ def test_decay_groups_are_disjoint_and_complete(gpt):
     gpt.extra = torch.nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match='group'):
         gpt.param_groups(0.1)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
+def test_the_chunked_loss_equals_cross_entropy(dtype, tolerance):
+    """Loss and gradients, over more rows than one chunk holds."""
+    torch.manual_seed(0)
+    N, V, C = 1500, 50304, 16
+    x, table, targets = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True), torch.randint(V, (N,))
+    results = []
+    for loss_of in (lambda: HeadLoss.apply(x, table, targets), lambda: torch.nn.functional.cross_entropy(x @ table.t(), targets)):
+        x.grad = table.grad = None
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = 3 * loss_of()
+        loss.backward()
+        results.append((loss.detach(), x.grad, table.grad))
+    for ours, theirs in zip(*results):
+        assert (ours - theirs).norm() / theirs.norm() < tolerance
 
 
 def test_muon_orthogonalizes_and_learns(gpt):
