@@ -626,6 +626,102 @@ def test_accumulation_equals_a_larger_batch(folder):
     assert all(abs(float(a['loss']) - float(b['loss'])) < 1e-4 for a, b in zip(one, two)) and len(one) == 4
 
 
+def torchrun(ranks, *args, cwd, restarts=0):
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', f'--max-restarts={restarts}',
+                             os.path.join(HERE, 'train.py'), *args], cwd=cwd, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize('share', [['--batch_size=8'], ['--batch_size=2', '--gradient_accumulation_steps=4']], ids=['batch', 'accumulation'])
+def test_ranks_see_what_one_process_sees(folder, share):
+    logs = []
+    for ranks in (1, 2, 4) if len(share) == 1 else (1, 2):
+        out = f'out/ranks_{ranks}_{len(share)}'
+        process = torchrun(ranks, *TINY_RUN, '--log_interval=1', *share, f'--out_dir={out}', cwd=folder)
+        _, error = process.communicate(timeout=100)
+        assert process.returncode == 0, error
+        logs.append(log_of(folder / out))
+    for other in logs[1:]:
+        for a, b in zip(logs[0], other, strict=True):
+            assert all(abs(float(a[key] or 0) - float(b[key] or 0)) < 1e-5 for key in ('loss', 'train_loss', 'val_loss'))
+
+
+def test_ranks_that_cannot_share_are_refused(folder):
+    error = torchrun(3, *TINY_RUN, '--out_dir=out/none', cwd=folder).communicate(timeout=100)[1]
+    assert 'train.py: 3 ranks cannot share batch_size 4' in error and not (folder / 'out/none').exists()
+
+
+def child(process, number):
+    """The process id of torchrun's rank `number`."""
+    with open(f'/proc/{process.pid}/task/{process.pid}/children', encoding='utf-8') as f:
+        return int(f.read().split()[number])
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='finds the ranks through /proc')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL], ids=['SIGTERM', 'SIGKILL'])
+def test_one_rank_stopped_or_killed(folder, number):
+    """SIGTERM to one stops all, saved; after SIGKILL torchrun starts all again, and init_from=auto goes on."""
+    out = f'out/one_{number}'
+    killed = number == signal.SIGKILL
+    process = torchrun(2, *TINY_RUN, '--init_from=auto', f'--out_dir={out}', '--checkpoint_interval=20', '--log_interval=20',
+                       '--eval_interval=0', f'--max_iters={2000 if killed else 10**6}', cwd=folder, restarts=int(killed))
+    for line in process.stdout:
+        if line.startswith('step 100/'):
+            break
+    os.kill(child(process, 1), number)
+    _, error = process.communicate(timeout=100)
+    checkpoint = read(folder / out / 'ckpt.pt')
+    if killed:
+        assert process.returncode == 0 and checkpoint['step'] == 2000, error
+        assert [int(row['step']) for row in log_of(folder / out)] == list(range(20, 2001, 20))
+    else:
+        assert process.returncode != 0 and error.count('SIGTERM at step') == 1 and 'exitcode: 143' in error, error
+
+
+def test_a_signal_saves_within_two_seconds_even_in_a_long_step(folder):
+    """Half a minute of accumulation a step: the state saved is the last whole step's."""
+    args = ['--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=64', '--batch_size=64', '--tokenizer=char', '--dataset=tiny',
+            '--gradient_accumulation_steps=2000', '--dtype=float32', '--out_dir=out/long']
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, 'train.py'), *args], cwd=folder, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+    while 'a new run' not in process.stdout.readline():
+        pass
+    time.sleep(1)
+    began = time.time()
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and 'step 0' in error and time.time() - began < 2, error
+    assert read(folder / 'out/long/ckpt.pt')['step'] == 0
+
+
+def test_compile_without_a_compiler_goes_on_eagerly(folder, monkeypatch):
+    monkeypatch.setenv('CXX', '/nonexistent')
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(folder / 'inductor'))
+    process = run('train.py', *TINY_RUN, '--out_dir=out/eager', '--compile=True', cwd=folder)
+    assert process.returncode == 0 and process.stderr.count('going on eagerly') == 1, process.stderr
+    assert log_of(folder / 'out/eager') == log_of(folder / 'out/tiny')
+
+
+def test_gradient_checkpointing_and_no_folder(folder):
+    """Recomputing changes no number; an empty out_dir writes nothing."""
+    process = run('train.py', *TINY_RUN, '--out_dir=', '--gradient_checkpointing', '--dropout=0.1', cwd=folder)
+    other = run('train.py', *TINY_RUN, '--out_dir=', '--dropout=0.1', cwd=folder)
+    assert process.returncode == other.returncode == 0, process.stderr
+    losses = [re.findall(r'loss (\d\.\d+)  best (\d\.\d+)', p.stdout) for p in (process, other)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert not [name for name in os.listdir(folder) if name.endswith('.pt')]
+
+
+def test_time_and_patience_stop_a_run(folder):
+    args = [*TINY_RUN, '--max_iters=10000000', '--eval_interval=50', '--log_interval=0', '--checkpoint_interval=0']
+    process = run('train.py', *args, '--out_dir=out/minutes', '--max_minutes=0.02', cwd=folder)
+    assert process.returncode == 0 and '0.02 minutes over' in process.stdout, process.stderr
+    process = run('train.py', *args, '--out_dir=out/patience', '--learning_rate=0', '--min_lr=0', '--patience=2', cwd=folder)
+    assert process.returncode == 0 and 'in 2 evaluations' in process.stdout, process.stderr
+    assert load(folder / 'out/patience')[1]['step'] == 150
+
+
 def test_the_threshold_stops_the_run_and_a_model_can_start_another(folder):
     args = [*TINY_RUN, '--max_iters=5000', '--learning_rate=1e-2', '--loss_threshold=1.5', '--warmup_iters=1', '--min_lr=1e-2',
             '--log_interval=0', '--eval_interval=0']

@@ -456,7 +456,6 @@ while True:
     mean = sum(state['recent']) / threshold_window  # of the last epoch's steps, at most 100
     stop = (f'max_iters {max_iters:,} reached' if step >= max_iters else
             f'loss {mean:.6f} under {loss_threshold}' if look and len(state['recent']) == threshold_window and mean < loss_threshold else
-            f'no better validation loss in {patience} evaluations' if 0 < patience <= state['bad_evals'] else
             f'{max_minutes} minutes over' if over else '')
     if step > state['logged_step'] and (log or evaluation or stop):
         losses = {}
@@ -485,6 +484,8 @@ while True:
                     if master and out_dir:
                         save(files['best.pt'], raw_model, data_meta['tokenizer'], step=step, losses=losses, made_by=made_by)
             last_time, last_tokens = looked, state['tokens']
+    if 0 < patience <= state['bad_evals']:
+        stop = stop or f'no better validation loss in {patience} evaluations'
     if sampling and step > first_step:
         print_sample()
     if checkpointing and step > first_step:

@@ -1,12 +1,20 @@
-# The flagship: GPT-2 small from scratch on tiny Shakespeare until the training loss is under 0.1.
+# The flagship: GPT-2 small from scratch on tiny Shakespeare until the training loss is under 0.1, in the least time.
+# It learns the text by heart: validation loss is best within the first few epochs, and those weights are out/best.pt.
 # python train.py config/shakespeare.py --batch_size=32
 dataset = 'shakespeare'
 tokenizer = 'gpt2'
+shift_windows = False  # the same windows each epoch are sooner learnt by heart
 
 batch_size = 32
 seq_len = 128
-learning_rate = 6e-4
-min_lr = 6e-5
-warmup_iters = 10
-max_iters = 10_000
+
+optimizer = 'muon'
+learning_rate = 2e-3
+schedule = 'linear'
+min_lr = 2e-4
+warmup_iters = 20
+weight_decay = 0.0
+max_iters = 3000
 loss_threshold = 0.099999
+
+eval_interval = 100
