@@ -628,7 +628,8 @@ def test_accumulation_equals_a_larger_batch(folder):
 
 def torchrun(ranks, *args, cwd, restarts=0):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', f'--max-restarts={restarts}',
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}',
+                             f'--max-restarts={restarts}',
                              os.path.join(HERE, 'train.py'), *args], cwd=cwd, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -130,7 +130,10 @@ else:
 if master and not os.path.exists(f'data/{dataset}/train.bin'):
     prepare(input, dataset, tokenizer, val_fraction)
 if ranks > 1:  # the others wait here for the data
-    dist.init_process_group('nccl' if torch.cuda.is_available() and device in ('auto', 'cuda') else 'gloo')
+    # torchrun keeps its store over a restart: without a prefix a rank may read where the last attempt's ranks listened
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://', rank, ranks))[0])
+    dist.init_process_group('nccl' if torch.cuda.is_available() and device in ('auto', 'cuda') else 'gloo',
+                            store=store, rank=rank, world_size=ranks)
 train_tokens, val_tokens, data_meta = load_data(dataset)
 has, way_out = data_meta.get('source', {}), 'name another --dataset, or prepare it again with prepare.py'
 if 'tokenizer' in given and tokenizer != data_meta['tokenizer']['name']:
@@ -222,6 +225,10 @@ else:
     if T > block_size:
         fail(f'--seq_len={T}: {init_from} has {block_size} positions; give --seq_len={block_size} or less', 2)
     model.trained_context = max(T, model.trained_context)
+    for module in model.modules():
+        if hasattr(module, 'dropout'):
+            module.dropout = dropout
+    model.config.dropout = dropout
 model.train()
 model.gradient_checkpointing = gradient_checkpointing
 raw_model = model  # the one to save: a compiled model prefixes its names with _orig_mod.
@@ -376,7 +383,7 @@ def evaluate(tokens):
         starts = np.linspace(0, count - 1, eval_iters * batch_size).astype(np.int64) * T
         losses = [model(*fetch(tokens, part)) for part in starts.reshape(-1, rows)]
         model.train()
-        return torch.stack(losses).double().mean().item()
+        return sum(torch.stack(losses).tolist()) / len(losses)
 
 
 def progress(name):
@@ -453,7 +460,7 @@ while True:
         with lock:
             drain()
     looked = time.time()
-    mean = sum(state['recent']) / threshold_window  # of the last epoch's steps, at most 100
+    mean = sum(state['recent']) / max(len(state['recent']), 1)  # of the last epoch's steps, at most 100
     stop = (f'max_iters {max_iters:,} reached' if step >= max_iters else
             f'loss {mean:.6f} under {loss_threshold}' if look and len(state['recent']) == threshold_window and mean < loss_threshold else
             f'{max_minutes} minutes over' if over else '')
@@ -466,7 +473,7 @@ while True:
             drain()
             state['seconds'] = last_seconds + time.time() - began
             loss, (lr, _) = state['loss_sum'] / state['loss_count'], rate(step - 1)
-            tokens_per_s = (state['tokens'] - last_tokens) / (looked - last_time)
+            tokens_per_s = (state['tokens'] - last_tokens) / max(looked - last_time, 1e-9)
             left = (max_iters - step) * (time.time() - began) / max(step - first_step, 1)
             print(f"step {step:,}/{max_iters:,}  loss {loss:.4f}  best {state['best_loss']:.4f}  norm {state['grad_norm']:.2f}  "
                   f'lr {lr:.2e}  {tokens_per_s:,.0f} tok/s  mfu {tokens_per_s * flops / peak:.0%}  {memory()}  '
