@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import platform
+import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -134,7 +135,10 @@ class HeadLoss(torch.autograd.Function):
                 total -= logp.gather(1, target).sum(dtype=torch.float64)
                 grad = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)).to(dtype)
                 torch.mm(grad, weight, out=grad_x[i:i + rows])
-                grad_table += grad.t() @ part
+                if dtype == grad_table.dtype:
+                    grad_table.addmm_(grad.t(), part)
+                else:
+                    grad_table += grad.t() @ part
         ctx.save_for_backward(grad_x, grad_table)
         return (total / len(x)).float()
 
@@ -142,7 +146,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_table = ctx.saved_tensors
         scale = grad_loss / len(grad_x)
-        return grad_x * scale, grad_table * scale, None
+        return grad_x.mul_(scale), grad_table.mul_(scale), None
 
 
 class GPT(nn.Module):
@@ -280,27 +284,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            weights = [p for p in group['params'] if p.grad is not None]
+            updates = [p.grad for p in weights]
+            for p in weights:
+                if 'momentum' not in self.state[p]:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
+            averages = [self.state[p]['momentum'] for p in weights]
+            torch._foreach_lerp_(averages, updates, 1 - group['momentum'])
+            torch._foreach_lerp_(updates, averages, group['momentum'])  # Nesterov; the gradients are spent here
+            if group['weight_decay']:
+                torch._foreach_mul_(weights, 1 - group['lr'] * group['weight_decay'])
             same_shape = {}  # the matrices of a shape go through the products as one batch
-            for p in group['params']:
-                average = self.state[p].setdefault('momentum', torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group['momentum'])
-                update = p.grad.lerp_(average, group['momentum'])  # Nesterov; the gradient is spent here
-                p.mul_(1 - group['lr'] * group['weight_decay'])
+            for p, update in zip(weights, updates):
                 parts = 3 if p.size(0) == 3 * p.size(1) else 1
                 for weight, matrix in zip(p.chunk(parts), update.chunk(parts)):
                     same_shape.setdefault(matrix.shape, []).append((weight, matrix))
             for shape, pairs in same_shape.items():
-                updates = orthogonalize(torch.stack([matrix for _, matrix in pairs]).to(self.dtype))
-                for (weight, _), update in zip(pairs, updates):
-                    weight.add_(update, alpha=-0.2 * max(shape)**0.5 * group['lr'])
+                updates = orthogonalize(torch.stack([matrix for _, matrix in pairs]), self.dtype).float()
+                torch._foreach_add_([weight for weight, _ in pairs], list(updates), alpha=-0.2 * max(shape)**0.5 * group['lr'])
 
 
-def orthogonalize(x, steps=5):
+def orthogonalize(x, dtype=torch.float32, steps=5):
     """Matrices (n, rows, columns) with all singular values brought near 1 by Newton-Schulz iteration, Muon's quintic."""
     tall = x.size(1) > x.size(2)
     if tall:
         x = x.transpose(1, 2)
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(x.dtype)  # all under 1, where it converges
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-30)).to(dtype)  # all under 1, where it converges
     for _ in range(steps):
         gram = x @ x.transpose(1, 2)
         poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
@@ -317,7 +326,7 @@ def choose(logits, temperature, top_k, generator):
         kth = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < kth, -math.inf)
     # less the largest first: a tiny temperature must not overflow to inf - inf
-    probs = F.softmax((logits - logits.max()) / temperature, dim=-1)
+    probs = F.softmax((logits - logits.max()) / max(temperature, 1e-30), dim=-1)
     return torch.multinomial(probs, 1, generator=generator)[0]
 
 
@@ -333,7 +342,7 @@ def split_loss(model, tokens, context, max_tokens=0, on_progress=None, batch_tok
     ids = torch.from_numpy(tokens[:n].astype('int64'))
     device, whole = model.wte.weight.device, (n - 1) // context * context
     x, y = ids[:whole].view(-1, context), ids[1:whole + 1].view(-1, context)
-    batches = list(zip(*(t.split(max(batch_tokens // context, 1)) for t in (x, y))))
+    batches = list(zip(*(t.split(max(batch_tokens // context, 1)) for t in (x, y)))) if whole else []
     if whole < n - 1:
         batches.append((ids[None, whole:-1], ids[None, whole + 1:]))
     was_training, total, done = model.training, 0.0, 0
@@ -379,6 +388,8 @@ def pick_device(name='auto'):
     if name == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
+        if name.split(':')[0] not in ('cpu', 'cuda', 'mps'):
+            raise NotImplementedError
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f'device {name!r} is not available here; leave --device away to take the best there is') from None
@@ -426,16 +437,34 @@ def device_name(device):
     return device if device != 'cpu' else f'CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)'
 
 
+def peak_memory(device):
+    """The most memory used so far, as a person reads it: the GPU's, or this process's."""
+    if device.startswith('cuda'):
+        return f'{torch.cuda.max_memory_allocated() / 1e9:.1f} GB'
+    try:
+        import resource
+    except ImportError:  # Windows
+        return '? GB'
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == 'darwin' else 1)
+    return f'{kilobytes / 1e6:.1f} GB'
+
+
 # files ----------------------------------------------------------------------------------------------------------------
 
 def write_atomically(path, contents):
     """torch.save `contents` so that a kill at any instant leaves the old file or the new one, on disk."""
     temporary = f'{path}.tmp'
-    with open(temporary, 'wb') as f:
-        torch.save(contents, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(contents, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch's zip writer
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        raise OSError(f'{path} could not be written ({reason}); what was there is as it was') from None
     if os.name == 'posix':  # the rename itself reaches the disk with the folder
         folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
         os.fsync(folder)
@@ -455,21 +484,27 @@ def save(path, model, tokenizer, kind='model', **facts):
                             'tokenizer': tokenizer, 'trained_context': model.trained_context, **facts, 'model': weights})
 
 
-def read(path, check=True):
-    """A model file's contents as a dict, tensors memory-mapped. Raises OSError, or ValueError for what is not a whole one.
+def read(path, check=True, kind=''):
+    """A model file's contents as a dict. Raises OSError, or ValueError for what is not a whole one, or not of this kind.
 
-    Footgun: torch.load does not check the zip's CRCs, and a flipped bit would load silently.
+    Footgun: torch.load does not check the zip's CRCs, and a flipped bit would load silently. check=False leaves that
+    out, and the tensors memory-mapped: enough to ask for the step.
     """
     try:
         with zipfile.ZipFile(path) as z:
             if check and z.testzip():
                 raise zipfile.BadZipFile
-        contents = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+        contents = torch.load(path, map_location='cpu', mmap=not check, weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError):
         raise ValueError(f'{path}: damaged, or no model file of folio; train again, or name another file') from None
     if not isinstance(contents, dict) or contents.get('format_version') != FORMAT_VERSION:
         version = contents.get('format_version') if isinstance(contents, dict) else None
         raise ValueError(f'{path}: format version {version}, and this folio reads {FORMAT_VERSION}')
+    missing = {'kind', 'config', 'tokenizer', 'trained_context', 'step', 'model'} - set(contents)
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}, so it is no whole model file; name another")
+    if kind and contents['kind'] != kind:
+        raise ValueError(f"{path}: a {contents['kind']}, where a {kind} is wanted; start over with --overwrite")
     return contents
 
 
@@ -480,8 +515,8 @@ def find(path):
     if not os.path.isdir(path):
         if os.path.exists(path):
             return path
-        raise FileNotFoundError(f'{path}: no such model file or folder; python train.py config/quickstart.py makes one '
-                                f'in a minute or two, --checkpoint names another')
+        raise FileNotFoundError(f'{path}: no such model file or folder; name another, or make one in seconds with '
+                                f'python train.py config/quickstart.py')
     files = [os.path.join(path, name) for name in ('model.pt', 'ckpt.pt')]
     files = [file for file in files if os.path.exists(file)]
     if files:
@@ -490,8 +525,8 @@ def find(path):
     files = [file for run in runs for name in ('model.pt', 'ckpt.pt') if os.path.exists(file := os.path.join(run, name))]
     if files:
         return find(os.path.dirname(max(files, key=os.path.getmtime)))
-    raise FileNotFoundError(f'{path}: no model there; python train.py config/quickstart.py makes one in a minute or two, '
-                            f'--checkpoint names another')
+    raise FileNotFoundError(f'{path}: no model there; name another, or make one in seconds with '
+                            f'python train.py config/quickstart.py')
 
 
 def load(path, device='cpu'):
@@ -511,8 +546,9 @@ def load(path, device='cpu'):
             # the mean row gives padded ids the mean logit: a zero row's logit 0 would outweigh GPT-2's, all about -100
             rows = table.mean(0, keepdim=True).expand(config.padded_vocab_size - len(table), -1)
             weights['wte.weight'] = torch.cat((table, rows))
-        model.to_empty(device=device).load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f'{path}: its weights do not fit its own config: {str(error)[:300]}') from None
+        model.load_state_dict(weights, assign=True)
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f'{path}: its parts do not fit together: {str(error)[:300]}') from None
+    model.to(device)
     model.trained_context = meta['trained_context']
     return model.eval(), {**meta, 'path': path}

@@ -2,7 +2,7 @@
 Text to tokens: data/<dataset>/train.bin and val.bin (raw little-endian uint16 ids, nanoGPT's format) and meta.json,
 which says what they are. Memory does not grow with the text.
 
-$ python prepare.py                                                # input.txt with GPT-2's BPE: 301,966 + 36,059 tokens, 1 s
+$ python prepare.py                                                # input.txt with GPT-2's BPE: 301,966 + 36,059 tokens, 0.2 s
 $ python prepare.py --tokenizer=char --dataset=shakespeare_char    # one id a character: 1,003,854 + 111,540 tokens
 $ python prepare.py --input='books/*.txt' --dataset=books --val_fraction=0.01
 $ python prepare.py --input=TinyStories.txt --dataset=stories --special_tokens   # <|endoftext|> ends a document
@@ -37,7 +37,10 @@ class GPT2Tokenizer:
     def __init__(self):
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'gpt2.tiktoken')
         with open(path, 'rb') as f:
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, f)}
+            lines = f.read().splitlines()
+        if len(lines) != 50256:
+            raise ValueError(f"{path}: {len(lines):,} lines where GPT-2's vocabulary has 50,256; get the file again")
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
         self.encoding = tiktoken.Encoding('gpt2', pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                           special_tokens={ENDOFTEXT: 50256}, explicit_n_vocab=50257)
         self.vocab_size, self.eot, self.start = 50257, 50256, 50256
@@ -74,12 +77,15 @@ class CharTokenizer:
         self.points = code_points(self.characters)
 
     def encode(self, text, special_tokens=False):
-        """Text -> list of ids; there are no special tokens. Raises ValueError for a character it was not made with."""
-        points = code_points(text)
+        """Text -> list of ids. <|endoftext|> is plain characters, or with special_tokens a newline, which documents end in.
+
+        Raises ValueError for a character that the tokenizer was not made with.
+        """
+        points = code_points(text.replace(ENDOFTEXT, '\n') if special_tokens else text)
         ids = np.searchsorted(self.points, points).clip(max=self.vocab_size - 1)
         missing = np.flatnonzero(self.points[ids] != points)
         if missing.size:
-            raise ValueError(f'the character {text[missing[0]]!r} is not in the char vocabulary of {self.vocab_size}: '
+            raise ValueError(f'the character {chr(points[missing[0]])!r} is not in the char vocabulary of {self.vocab_size}: '
                              f'{self.characters[:100]!r}')
         return ids.tolist()
 
@@ -202,6 +208,12 @@ def write_tokens(path, tokenizer, blocks, special_tokens, on_progress):
     return count
 
 
+def check_dataset(dataset):
+    """Raise ValueError for a name that is not of a folder below data/."""
+    if not dataset or os.path.isabs(dataset) or '..' in dataset.replace('\\', '/').split('/'):
+        raise ValueError("give the name of a folder below data/, such as 'shakespeare'")
+
+
 def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1, special_tokens=False):
     """Turn text into data/<dataset>/; return its meta. Nothing there changes before the new files are whole.
 
@@ -272,7 +284,11 @@ def load_data(dataset):
     meta = {'tokenizer': {'name': 'gpt2', 'vocab_size': 50257}}
     if os.path.exists(f'{folder}/meta.json'):
         with open(f'{folder}/meta.json', encoding='utf-8') as f:
-            meta = json.load(f)
+            try:
+                meta = json.load(f)
+                get_tokenizer(meta['tokenizer'])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f'{folder}/meta.json: damaged; prepare it again with prepare.py') from None
     splits = []
     for split in ('train', 'val'):
         path = f'{folder}/{split}.bin'
@@ -281,15 +297,21 @@ def load_data(dataset):
         if size != want:
             raise ValueError(f'{path}: {size:,} bytes where {want:,} belong; prepare it again with prepare.py')
         splits.append(np.memmap(path, dtype='<u2', mode='c') if size else None)
+    if splits[0] is None:
+        raise ValueError(f'{folder}/train.bin: empty; prepare it again with prepare.py')
+    if 'tokens' not in meta and max(split.max() for split in splits if split is not None) > 50256:
+        raise ValueError(f"{folder}: without a meta.json the ids are GPT-2's, and some are over 50,256; prepare it again")
     return *splits, meta
 
 
 if __name__ == '__main__':
-    from config import configure
+    from config import configure, fail
     input = 'input.txt'      # UTF-8 text: a file, a folder (all of it) or a glob
     dataset = 'shakespeare'  # the tokens go to data/<dataset>/
     tokenizer = 'gpt2'       # gpt2 (50,257 byte pairs) or char (one id a character)
     val_fraction = 0.1       # share of the characters, at the end, kept for validation; 0 = none
     special_tokens = False   # the text <|endoftext|> is the document end, not plain characters
-    configure(globals(), dict(tokenizer=('gpt2', 'char'), val_fraction=(0, 0.999999)))
+    configure(globals(), dict(dataset=check_dataset, tokenizer=('gpt2', 'char'), val_fraction=(0, 0.999999)))
+    if special_tokens and tokenizer == 'char':
+        fail('--special_tokens: a char vocabulary has no document end; leave it away, or use --tokenizer=gpt2', 2)
     prepare(input, dataset, tokenizer, val_fraction, special_tokens)

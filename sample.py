@@ -25,19 +25,18 @@ top_k = 50            # choose among the k likeliest tokens; 0 = all
 context = 0           # tokens that the model looks back; 0 = as many as it was trained with
 seed = 1337           # text i draws from seed + i
 device = 'auto'       # auto, cpu, cuda, cuda:1, mps
-configure(globals(), dict(num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_k=(0,), context=(0,),
+configure(globals(), dict(device=pick_device, num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_k=(0,), context=(0,),
                           seed=(0, 2**63 - 1)))
 
-try:
-    device = pick_device(device)
-except ValueError as error:
-    fail(error, 2)
+device = pick_device(device)
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us quietly
 sys.stdout.reconfigure(encoding='utf-8', errors='surrogateescape')  # a prompt may hold any bytes
 model, meta = load(checkpoint, device)
 print(f"{meta['path']}: {model.num_params():,} parameters, step {meta['step']:,}", file=sys.stderr)
 tokenizer = get_tokenizer(meta['tokenizer'])
+if tokenizer.vocab_size != model.config.vocab_size:
+    fail(f"{meta['path']}: {model.config.vocab_size:,} ids, and its tokenizer has {tokenizer.vocab_size:,}")
 if context > model.config.block_size:
     fail(f'--context={context}: the model has {model.config.block_size} positions', 2)
 if start.startswith('FILE:'):

@@ -22,8 +22,8 @@ import tiktoken
 import torch
 
 import config
-from model import GPT, GPTConfig, HeadLoss, Muon, choose, find, load, orthogonalize, read, save, split_loss
-from prepare import CharTokenizer, GPT2Tokenizer, cut_exactly, load_data, prepare
+from model import GPT, GPTConfig, HeadLoss, Muon, choose, find, load, orthogonalize, pick_device, read, save, split_loss
+from prepare import CharTokenizer, GPT2Tokenizer, check_dataset, cut_exactly, load_data, prepare
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = dict(block_size=64, vocab_size=1100, n_layer=2, n_head=2, n_embd=32)
@@ -249,6 +249,12 @@ def test_generation_stops_at_a_stop_id_and_restores_the_mode(gpt):
     assert gpt.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
+def test_split_loss_of_less_than_a_window(gpt):
+    ids = torch.randint(1100, (6,))
+    with torch.no_grad():
+        assert abs(split_loss(gpt, ids.numpy().astype('<u2'), 32) - gpt(ids[None, :-1], ids[None, 1:]).item()) < 1e-5
+
+
 def test_split_loss_is_the_mean_over_every_token(gpt):
     tokens = np.random.default_rng(0).integers(0, 1100, 103).astype(np.uint16)
     ids, total = torch.from_numpy(tokens.astype(np.int64)), 0.0
@@ -313,6 +319,24 @@ def test_damaged_files_are_refused(gpt, tmp_path):
     torch.save({**read_whole(whole, tmp_path), 'config': dict(SMALL, n_embd=64)}, path)
     with pytest.raises(ValueError, match='do not fit'):
         load(path)
+
+
+@pytest.mark.parametrize('missing', ['model', 'step', 'trained_context', 'tokenizer'])
+def test_a_file_that_lacks_a_part_is_refused(gpt, tmp_path, missing):
+    save(tmp_path / 'model.pt', gpt, {}, step=1)
+    contents = torch.load(tmp_path / 'model.pt', weights_only=True)
+    del contents[missing]
+    torch.save(contents, tmp_path / 'model.pt')
+    with pytest.raises(ValueError, match=f'lacks {missing}'):
+        load(tmp_path / 'model.pt')
+
+
+def test_a_write_that_fails_leaves_what_was_there(gpt, tmp_path, monkeypatch):
+    save(tmp_path / 'model.pt', gpt, {}, step=1)
+    monkeypatch.setattr(os, 'fsync', lambda fd: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(OSError, match='model.pt could not be written .No space left'):
+        save(tmp_path / 'model.pt', gpt, {}, step=2)
+    assert os.listdir(tmp_path) == ['model.pt'] and read(tmp_path / 'model.pt')['step'] == 1
 
 
 def read_whole(contents, tmp_path):
@@ -503,7 +527,7 @@ def test_presets_are_valid_and_keep_to_their_folders(preset, monkeypatch):
     start = source.index('# run\n')
     end = source.index('# -- ranks')
     monkeypatch.setattr(sys, 'argv', ['train.py', f'config/{preset}'])
-    namespace = {'configure': config.configure}
+    namespace = {'configure': config.configure, 'check_dataset': check_dataset, 'pick_device': pick_device}
     exec(source[start:end], namespace)
     if preset == 'shakespeare.py':
         assert namespace['out_dir'] == 'out'
@@ -542,6 +566,7 @@ def test_train_refuses_to_start_over_a_run(folder):
     before = (folder / 'out/tiny/log.csv').read_bytes()
     one_line(run('train.py', *TINY_RUN, '--out_dir=out/tiny', cwd=folder), 1, '--init_from=resume', '--overwrite')
     one_line(run('train.py', '--out_dir=out/tiny', '--init_from=resume', '--n_layer=2', cwd=folder), 2, 'n_layer', '1')
+    one_line(run('train.py', '--out_dir=out/tiny', '--init_from=resume', '--optimizer=muon', cwd=folder), 2, 'optimizer', 'adamw')
     assert (folder / 'out/tiny/log.csv').read_bytes() == before
 
 
@@ -551,7 +576,8 @@ def test_train_refuses_to_start_over_a_run(folder):
     (['--tokenizer=gpt2'], 2, ['char', 'gpt2']), (['--val_fraction=0.5'], 2, ['0.1', '0.5']),
     (['--input=other.txt'], 2, ['input.txt', 'other.txt']), (['--input=none.txt'], 1, ['none.txt']),
     (['--block_size=5000'], 1, ['seq_len 5000']), (['--init_from=resume'], 1, ['nothing to resume']),
-    (['--init_from=nope.pt'], 1, ['nope.pt'])], ids=lambda value: str(value[0]) if isinstance(value, list) else '')
+    (['--init_from=nope.pt'], 1, ['nope.pt']), (['--dataset=../x'], 2, ['below data/']), (['--device=meta'], 2, ['meta']),
+    (['--patience=1', '--eval_interval=0'], 2, ['eval_interval']), (['--n_embd=100000000000'], 1, ['out of memory', '--batch_size'])], ids=lambda value: str(value[0]) if isinstance(value, list) else '')
 def test_train_refuses_in_one_line(folder, args, status, words):
     (folder / 'other.txt').write_text('another text')
     one_line(run('train.py', *TINY_RUN, '--out_dir=out/none', *args, cwd=folder), status, 'train.py: ', *words)
@@ -587,6 +613,26 @@ def test_a_killed_run_resumes_to_the_bit(folder):
     process = run('train.py', '--out_dir=out/cut', '--init_from=resume', cwd=folder)
     assert process.returncode == 0, process.stderr
     same_run(folder / 'out/whole', folder / 'out/cut')
+
+
+def test_a_resumed_run_takes_new_settings_and_its_report_is_of_all_of_it(folder):
+    shutil.copytree(folder / 'out/tiny', folder / 'out/more')
+    process = run('train.py', '--out_dir=out/more', '--init_from=resume', '--max_iters=23', '--weight_decay=0.5', '--log_interval=0',
+                  '--eval_interval=0', cwd=folder)
+    assert process.returncode == 0, process.stderr
+    kept = read(folder / 'out/more/ckpt.pt')
+    assert kept['optimizers'][0]['param_groups'][0]['weight_decay'] == 0.5 and kept['state']['seconds'] > 0
+    assert f"{sum(kept['state']['recent']) / len(kept['state']['recent']):.4f} at last" in process.stdout  # the last 3 steps too
+
+
+def test_a_reader_that_goes_away_loses_nothing(folder):
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, 'train.py'), *TINY_RUN, '--out_dir=out/head', '--log_interval=1',
+                                '--checkpoint_interval=0'], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith('step 1'):
+        pass
+    process.stdout.close()
+    assert process.wait(60) == 1 and 'Broken pipe' in process.stderr.read()
+    assert read(folder / 'out/head/ckpt.pt')['step'] > 0
 
 
 def test_logging_and_evaluating_do_not_change_the_weights(folder):
@@ -754,6 +800,8 @@ def test_sample_prints_the_text_alone(folder):
     process = run('sample.py', '--start=FILE:prompt.txt', '--temperature=0', '--max_new_tokens=5', '--checkpoint=out/tiny', cwd=folder)
     assert process.stdout.startswith('日本 🎭') and len(process.stdout) == len('日本 🎭') + 5 + 1
     assert run('sample.py', '--checkpoint=out/tiny/best.pt', cwd=folder).returncode == 0  # an empty prompt
+    process = run('sample.py', '--start=cat.<|endoftext|>', '--temperature=1e-300', '--checkpoint=out/tiny', cwd=folder)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize('args, status, words', [
@@ -771,7 +819,8 @@ def test_sample_refuses_in_one_line(folder, args, status, words):
 
 @pytest.mark.parametrize('args, status, words', [
     (['--datset=x'], 2, ['dataset']), (['--val_fraction=one'], 2, ['float']), (['--val_fraction=1'], 2, ['at most']),
-    (['--input=none'], 1, ['none']), (['--tokenizer=bpe'], 2, ['gpt2, char'])], ids=lambda value: str(value[0]) if isinstance(value, list) else '')
+    (['--input=none'], 1, ['none']), (['--tokenizer=bpe'], 2, ['gpt2, char']), (['--dataset='], 2, ['below data/']),
+    (['--tokenizer=char', '--special_tokens'], 2, ['no document end'])], ids=lambda value: str(value[0]) if isinstance(value, list) else '')
 def test_prepare_refuses_in_one_line(folder, args, status, words):
     one_line(run('prepare.py', *args, cwd=folder), status, 'prepare.py: ', *words)
 

@@ -1,18 +1,18 @@
 """
 Train a GPT-2: from scratch, from where a run stopped, or from another model's weights.
 
-$ python train.py config/quickstart.py                     # characters, a small GPT: a minute on two CPU cores
+$ python train.py config/quickstart.py                     # characters, 0.6M parameters: 10 s on two CPU cores, loss 1.65
 $ python train.py config/shakespeare.py --batch_size=32    # GPT-2 small (124M) on input.txt, until its loss is under 0.1
 $ python train.py config/shakespeare.py --init_from=resume # goes on where Ctrl-C, a kill or a power cut stopped it
 $ python train.py --input=my.txt --dataset=mine --out_dir=out/mine --seq_len=256 --max_iters=2000
 $ python train.py config/bench.py                          # tokens/s, MFU and memory of this machine, in under a minute
 $ torchrun --nproc_per_node=8 train.py config/shakespeare.py --init_from=auto --batch_size=64   # data parallel
 """
-import contextlib
-import copy
+import datetime
 import functools
 import math
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 from config import configure, fail, given
-from model import (GPT, GPTConfig, Muon, device_name, keep_freed_memory, load, peak_flops, pick_device, pick_dtype, read,
-                   recited, save, split_loss)
-from prepare import find_files, get_tokenizer, load_data, prepare, sha256_of
+from model import (GPT, GPTConfig, Muon, device_name, keep_freed_memory, load, peak_flops, peak_memory, pick_device, pick_dtype,
+                   read, recited, save, split_loss)
+from prepare import check_dataset, find_files, get_tokenizer, load_data, prepare, sha256_of
 
 # run
 out_dir = 'out'                  # folder of checkpoints, model and log; empty = write nothing
@@ -81,13 +81,16 @@ deterministic = False            # repeat bit for bit on CUDA too, somewhat slow
 seed = 1337                      # of weights, order of windows, dropout
 
 settings = configure(globals(), dict(
-    val_fraction=(0, 0.999999), tokenizer=('gpt2', 'char'), n_layer=(1,), n_head=(1,), n_embd=(1,), block_size=(1,),
-    dropout=(0, 0.999999), batch_size=(1,), seq_len=(0,), gradient_accumulation_steps=(1,), optimizer=('adamw', 'muon'),
+    dataset=check_dataset, device=pick_device, val_fraction=(0, 0.999999), tokenizer=('gpt2', 'char'), n_layer=(1,), n_head=(1,), n_embd=(1,), block_size=(1,),
+    dropout=(0, 0.999999), batch_size=(1, 2**16), seq_len=(0,), gradient_accumulation_steps=(1, 2**16), optimizer=('adamw', 'muon'),
     learning_rate=(0, 1e3), min_lr=(0, 1e3), schedule=('cosine', 'onecycle', 'linear', 'constant'), warmup_iters=(0,),
     lr_decay_iters=(0,), weight_decay=(0, 1e3), beta1=(0, 0.999999), beta2=(0, 0.99999999), grad_clip=(0, 1e9),
     max_iters=(0,), loss_threshold=(0, 1e9), patience=(0,), max_minutes=(0, 1e9), log_interval=(0,), eval_interval=(0,),
     eval_iters=(1,), checkpoint_interval=(0,), sample_interval=(0,), final_eval_tokens=(0,),
-    dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False'), seed=(0, 2**32)))
+    dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False'), seed=(0, 2**32)),
+    'lower --batch_size and raise --gradient_accumulation_steps as much, or lower --seq_len, or give --gradient_checkpointing')
+if patience and not eval_interval:
+    fail('--patience counts evaluations, and --eval_interval=0 has none; give an --eval_interval', 2)
 
 # -- ranks: torchrun starts one process a device, all with the same command ---------------------------------------------
 rank, local_rank, ranks = (int(os.environ.get(name, default)) for name, default in (
@@ -106,9 +109,9 @@ checkpoint = None
 if init_from == 'resume':
     if files['ckpt.pt'] not in there:
         fail(f"{files['ckpt.pt']}: nothing to resume; leave --init_from away to start a run")
-    checkpoint = read(files['ckpt.pt'])
+    checkpoint = read(files['ckpt.pt'], kind='checkpoint')
     for key, value in checkpoint['settings'].items():  # defaults, checkpoint, config files, command line
-        if key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'dataset', 'tokenizer') and settings[key] != value:
+        if key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'dataset', 'tokenizer', 'optimizer') and settings[key] != value:
             if key in given:
                 fail(f'--{key}={settings[key]}: the run in {out_dir} has {value}; leave it away, or start another --out_dir', 2)
         if key not in given and key in settings and key not in ('out_dir', 'init_from', 'overwrite'):
@@ -127,11 +130,15 @@ else:
          f'make one of them a multiple of {ranks}', 2)
 
 # -- the data ----------------------------------------------------------------------------------------------------------
-if master and not os.path.exists(f'data/{dataset}/train.bin'):
-    prepare(input, dataset, tokenizer, val_fraction)
-if ranks > 1:  # the others wait here for the data
+if ranks > 1:
     # torchrun keeps its store over a restart: without a prefix a rank may read where the last attempt's ranks listened
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://', rank, ranks))[0])
+    if not master:  # the others wait for the data
+        store.wait(['data'], datetime.timedelta(days=1))
+if master and not os.path.exists(f'data/{dataset}/train.bin'):
+    prepare(input, dataset, tokenizer, val_fraction)
+if ranks > 1:
+    store.set('data', 'prepared')
     dist.init_process_group('nccl' if torch.cuda.is_available() and device in ('auto', 'cuda') else 'gloo',
                             store=store, rank=rank, world_size=ranks)
 train_tokens, val_tokens, data_meta = load_data(dataset)
@@ -151,7 +158,9 @@ if T > block_size:
     fail(f'--seq_len={seq_len}: the model has block_size {block_size} positions; lower the one or raise the other', 2)
 if len(train_tokens) < T + 1:
     fail(f'data/{dataset} holds {len(train_tokens)} training tokens, fewer than seq_len {T} and the next; '
-         f'give a longer --input, or --seq_len={max(len(train_tokens) - 1, 1)} or less')
+         f"give a longer --input{f', or --seq_len={len(train_tokens) - 1} or less' if len(train_tokens) > 1 else ''}")
+if val_tokens is not None and len(val_tokens) < 2:
+    val_tokens = None  # one token has nothing to predict it from
 windows = (len(train_tokens) - 1) // T  # an epoch
 windows_per_step = batch_size * gradient_accumulation_steps
 epoch_steps = max(windows // windows_per_step, 1)
@@ -179,7 +188,10 @@ def fetch(tokens, starts):
     starts = torch.tensor(np.array(starts))[:, None]
     if tokens.is_cuda:
         starts = starts.pin_memory().to(device, non_blocking=True)
-    ids = tokens[starts + torch.arange(T + 1, device=starts.device)].to(device).long()  # (B, T + 1)
+    ids = tokens[starts + torch.arange(T + 1, device=starts.device)]  # (B, T + 1)
+    if device_type == 'cuda' and not tokens.is_cuda:
+        ids = ids.pin_memory()
+    ids = ids.to(device, non_blocking=True).long()
     return ids[:, :-1], ids[:, 1:].contiguous()
 
 
@@ -187,19 +199,20 @@ def fetch(tokens, starts):
 keep_freed_memory()
 if ranks > 1 and dist.get_backend() == 'nccl':
     device = f'cuda:{local_rank}'
-    torch.cuda.set_device(device)
+device = pick_device(device)
 try:
-    device = pick_device(device)
     config = GPTConfig(block_size, data_meta['tokenizer']['vocab_size'], n_layer, n_head, n_embd, dropout, bias)
 except ValueError as error:
     fail(error, 2)
 compute_dtype = pick_dtype(device, dtype)
 torch.manual_seed(seed)
-torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-if deterministic:
-    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
-    torch.use_deterministic_algorithms(True)
 device_type = device.split(':')[0]
+if device_type == 'cuda':
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = dtype != 'float32'
+if deterministic:
+    os.environ.update(CUBLAS_WORKSPACE_CONFIG=':4096:8', TORCHINDUCTOR_DETERMINISTIC='1')
+    torch.use_deterministic_algorithms(True)
 # on a GPU a corpus of up to half a billion tokens lives there, and only the windows' starts travel
 train_source, val_source = (
     split if split is None else torch.from_numpy(split.astype(np.int32)).to(device)
@@ -215,7 +228,8 @@ if init_from in ('scratch', 'resume'):
         model.trained_context = max(T, checkpoint['trained_context'])
 else:
     model, parent = load(init_from, device)
-    print(f"{parent['path']}: {model.num_params():,} parameters, step {parent['step']:,}")
+    if master:
+        print(f"{parent['path']}: {model.num_params():,} parameters, step {parent['step']:,}", file=sys.stderr)
     for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias'):
         if key in given and settings[key] != getattr(model.config, key):
             fail(f'--{key}={settings[key]}: {init_from} has {getattr(model.config, key)}; leave it away', 2)
@@ -243,6 +257,8 @@ if compile == 'True' or compile == 'auto' and device_type == 'cuda':
     try:
         with autocast():
             model(*get_batch(0, 0)).backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         print(f"compile failed ({str(error).strip().splitlines()[0][:200]}); going on eagerly, which is slower", file=sys.stderr)
         model = raw_model
@@ -253,9 +269,14 @@ state = dict(step=0, seconds=0.0, log_bytes=0, logged_step=0, loss_sum=0.0, loss
              best_loss=math.inf, grad_norm=0.0, best_val=math.inf, best_val_step=0, bad_evals=0, passed={}, losses={})
 if checkpoint:
     state = checkpoint['state']
-    for one, kept in zip(optimizers, copy.deepcopy(checkpoint['optimizers'])):  # off a memory map of a file soon replaced
+    for one, kept in zip(optimizers, checkpoint['optimizers']):
+        decays = [group['weight_decay'] for group in one.param_groups]  # as this command has them
         one.load_state_dict(kept)
-    scaler.load_state_dict(checkpoint['scaler'])
+        for group, decay in zip(one.param_groups, decays):
+            group['weight_decay'] = decay
+    if checkpoint['scaler']:
+        scaler.load_state_dict(checkpoint['scaler'])
+    checkpoint = None
 milestones = [m for m in (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold) if m]
 threshold_window = min(epoch_steps, 100)
 pending = []  # (loss, gradient norm) of steps whose values are still on their way from the device
@@ -291,6 +312,8 @@ def drain():
     pending.clear()
     for step, (loss, grad_norm) in enumerate(values, first):
         if not math.isfinite(loss) or not math.isfinite(grad_norm) and not scaler.is_enabled():
+            if not master:
+                os._exit(1)
             fail(f'loss {loss}, gradient norm {grad_norm} at step {step}: the run has blown up; {out_dir}/ckpt.pt is kept as it was. '
                  f'Lower --learning_rate={learning_rate}, raise --warmup_iters={warmup_iters}, or give --dtype=float32')
         state['first_loss'] = state['first_loss'] or loss
@@ -308,6 +331,7 @@ def save_checkpoint():
     global saved_step
     with lock:
         drain()
+        state['seconds'] = last_seconds + time.time() - began
         if master and out_dir and saved_step != state['step']:
             save(files['ckpt.pt'], raw_model, data_meta['tokenizer'], kind='checkpoint', step=state['step'], made_by=made_by,
                  losses=state['losses'], settings=settings, data=data_meta, state=state, optimizers=[one.state_dict() for one in optimizers],
@@ -321,30 +345,40 @@ def on_signal(receiver):
     """
     global wish
     number = wish = receiver.recv(1)[0]
-    if ranks > 1:  # the loop passes it on with the gradients
-        time.sleep(25)
-        os._exit(128 + number)  # the others are gone
+    if ranks > 1:  # the loop passes it on with the gradients and stops all; where a step takes longer, rank 0 saves alone
+        time.sleep(1.5 if master else 25)
+        if not master:
+            os._exit(128 + number)
     with lock:
-        status = 1
         try:
             save_checkpoint()
-            print_farewell(number)
-            status = 128 + number
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            farewell(number)
+        except BaseException as error:
+            print(f'train.py: {error}', file=sys.stderr)
+            number = 1 - 128
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + number)
 
 
-def print_farewell(number):
+@functools.cache  # the loop and the thread may both come here
+def farewell(number):
     where = f"saved in {files['ckpt.pt']}; go on with the same command and --init_from=resume" if out_dir else 'nothing kept'
     print(f"\n{signal.Signals(number).name} at step {state['step']:,}: {where}", file=sys.stderr)
+
+
+def on_error(kind, error, trace, report=sys.excepthook):
+    """sys.excepthook: whoever read our output is gone (`| head`), but the run need not be lost."""
+    if issubclass(kind, BrokenPipeError):
+        save_checkpoint()
+    report(kind, error, trace)
 
 
 def exchange(step_loss, over):
     """Average gradients and loss over all ranks, in place, once a step; return whether any has a signal, or time is over."""
     grads = [p.grad for p in raw_model.parameters()]
-    flags = torch.tensor([wish == signal.SIGINT, wish == signal.SIGTERM, over], dtype=torch.float32, device=device)
+    flags = torch.stack([torch.full((), float(flag), device=device)  # torch.tensor would wait for the device
+                         for flag in (wish == signal.SIGINT, wish == signal.SIGTERM, over)])
     flat = torch.cat([grad.flatten() for grad in grads] + [step_loss[None], flags])
     try:
         dist.all_reduce(flat)
@@ -379,10 +413,10 @@ def evaluate(tokens):
     with autocast():
         if count <= eval_iters * batch_size:
             return split_loss(raw_model, tokens.numpy(force=True), T)
-        model.eval()
+        raw_model.eval()  # not the compiled one: it would be compiled a second time for this
         starts = np.linspace(0, count - 1, eval_iters * batch_size).astype(np.int64) * T
-        losses = [model(*fetch(tokens, part)) for part in starts.reshape(-1, rows)]
-        model.train()
+        losses = [raw_model(*fetch(tokens, part)) for part in starts.reshape(-1, rows)]
+        raw_model.train()
         return sum(torch.stack(losses).tolist()) / len(losses)
 
 
@@ -408,16 +442,6 @@ def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours} h {minutes:02d} min' if hours else f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'
-
-
-def memory():
-    if device_type == 'cuda':
-        return f'{torch.cuda.max_memory_allocated() / 1e9:.1f} GB'
-    with contextlib.suppress(ImportError):  # Windows has none
-        import resource
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == 'darwin' else 1)
-        return f'{kilobytes / 1e6:.1f} GB'
-    return '? GB'
 
 
 # -- start -------------------------------------------------------------------------------------------------------------
@@ -446,7 +470,8 @@ print(f"{out_dir or 'nothing written'}: {'step ' + format(state['step'], ',') if
       + (f', or a loss under {loss_threshold}' if loss_threshold else ''))
 began = last_time = time.time()
 last_seconds, last_tokens, first_step = state['seconds'], state['tokens'], state['step']
-flags, over = None, False
+flags, over, foretold = None, False, False
+sys.excepthook = on_error
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
 while True:
@@ -456,7 +481,8 @@ while True:
     log, evaluation, checkpointing, sampling = (bool(interval) and step % interval == 0 for interval in (
         log_interval, eval_interval, checkpoint_interval, sample_interval))
     look = loss_threshold > 0 and step % 10 == 0
-    if look or log or evaluation or checkpointing or sampling:
+    last = step >= max_iters or over
+    if look or log or evaluation or checkpointing or sampling or last:
         with lock:
             drain()
     looked = time.time()
@@ -464,32 +490,31 @@ while True:
     stop = (f'max_iters {max_iters:,} reached' if step >= max_iters else
             f'loss {mean:.6f} under {loss_threshold}' if look and len(state['recent']) == threshold_window and mean < loss_threshold else
             f'{max_minutes} minutes over' if over else '')
-    if step > state['logged_step'] and (log or evaluation or stop):
+    if step > state['logged_step'] and (log or evaluation or stop and not over):  # no row that the run never stopped lacks
         losses = {}
         if evaluation:
             losses['train_loss'] = evaluate(train_source)
             losses['val_loss'] = losses['train_loss'] if val_source is None else evaluate(val_source)
+        better = bool(losses) and losses['val_loss'] < state['best_val']
+        if better and master and out_dir:
+            save(files['best.pt'], raw_model, data_meta['tokenizer'], step=step, losses=losses, made_by=made_by)
         with lock:
-            drain()
             state['seconds'] = last_seconds + time.time() - began
             loss, (lr, _) = state['loss_sum'] / state['loss_count'], rate(step - 1)
             tokens_per_s = (state['tokens'] - last_tokens) / max(looked - last_time, 1e-9)
             left = (max_iters - step) * (time.time() - began) / max(step - first_step, 1)
             print(f"step {step:,}/{max_iters:,}  loss {loss:.4f}  best {state['best_loss']:.4f}  norm {state['grad_norm']:.2f}  "
-                  f'lr {lr:.2e}  {tokens_per_s:,.0f} tok/s  mfu {tokens_per_s * flops / peak:.0%}  {memory()}  '
+                  f'lr {lr:.2e}  {tokens_per_s:,.0f} tok/s  mfu {tokens_per_s * flops / peak:.0%}  {peak_memory(device)}  '
                   f'{duration(left)} left', flush=True)
             log_row(step=str(step), loss=f'{loss:.6f}', grad_norm=f"{state['grad_norm']:.6f}", lr=f'{lr:.6e}',
                     tokens_per_s=f'{tokens_per_s:.1f}', seconds=f"{state['seconds']:.2f}",
                     **{key: f'{value:.6f}' for key, value in losses.items()})
             state.update(loss_sum=0.0, loss_count=0, logged_step=step)
             if losses:
-                better = losses['val_loss'] < state['best_val']
                 print(f"  train {losses['train_loss']:.4f}, validation {losses['val_loss']:.4f}{', the best so far' if better else ''}")
                 state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
                 if better:
                     state.update(best_val=losses['val_loss'], best_val_step=step)
-                    if master and out_dir:
-                        save(files['best.pt'], raw_model, data_meta['tokenizer'], step=step, losses=losses, made_by=made_by)
             last_time, last_tokens = looked, state['tokens']
     if 0 < patience <= state['bad_evals']:
         stop = stop or f'no better validation loss in {patience} evaluations'
@@ -507,20 +532,14 @@ while True:
         for group in one.param_groups:
             group.update({'lr': lr, **({'betas': (momentum, beta2)} if 'betas' in group else {})})
     step_loss = torch.zeros((), device=device)
-    try:
-        for micro_step in range(accumulation):
-            if dropout:
-                torch.manual_seed(hash((seed, step, micro_step, rank)))  # resume draws the same
-            x, y = get_batch(step, micro_step)
-            with autocast():
-                loss = model(x, y) / accumulation
-            scaler.scale(loss).backward()
-            step_loss += loss.detach()
-    except RuntimeError as error:
-        if 'out of memory' not in str(error) and 'allocate memory' not in str(error):
-            raise
-        fail(f'out of memory with batch_size {batch_size} x {T} tokens; lower --batch_size and raise '
-             f'--gradient_accumulation_steps as much, or lower --seq_len, or give --gradient_checkpointing')
+    for micro_step in range(accumulation):
+        if dropout:
+            torch.manual_seed(hash((seed, step, micro_step, rank)))  # resume draws the same
+        x, y = get_batch(step, micro_step)
+        with autocast():
+            loss = model(x, y) / accumulation
+        scaler.scale(loss).backward()
+        step_loss += loss.detach()
     over = 0 < max_minutes < (time.time() - began) / 60
     if ranks > 1:
         flags = exchange(step_loss, over and master)
@@ -541,13 +560,14 @@ while True:
             save_checkpoint()
             number = signal.SIGTERM if terminated else signal.SIGINT
             if master:
-                print_farewell(number)
+                farewell(number)
             dist.barrier()  # torchrun ends the others as soon as one is gone
             sys.exit(128 + number)
     elif flags is not None:
         over = False
-    if step == first_step + 2 and device_type == 'cpu':
-        total = (time.time() - began) / 3 * (max_iters - first_step)
+    taken = time.time() - began
+    if device_type == 'cpu' and not foretold and (taken > 5 or step == first_step + 2):
+        total, foretold = taken / (step + 1 - first_step) * (max_iters - first_step), True
         if total > 1800:
             print(f'at this rate {max_iters - first_step:,} steps take {duration(total)} on this CPU; '
                   f'python train.py config/quickstart.py shows all of it within a minute', flush=True)
@@ -569,8 +589,9 @@ if out_dir:
     save(files['model.pt'], raw_model, data_meta['tokenizer'], step=state['step'], losses=final, made_by=made_by)
 
 print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {state['tokens'] / max(state['seconds'], 1e-9):,.0f} tokens/s")
-print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at best; first step under "
-      + (', '.join(f'{float(key):g}: {value:,}' for key, value in state['passed'].items()) or 'none'))
+if state['step']:
+    print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at best; first step under "
+          + (', '.join(f'{float(key):g}: {value:,}' for key, value in state['passed'].items()) or 'none'))
 if state['best_val_step']:
     print(f"best        {state['best_val']:.4f} validation at step {state['best_val_step']:,}" + (f", kept in {files['best.pt']}" if out_dir else ''))
 for name, loss in final.items():
@@ -579,6 +600,6 @@ for name, loss in final.items():
     print(f'{name:11s} {loss:.4f} over {"all " if count == len(tokens) else "the first "}{count:,} tokens, in windows of {raw_model.trained_context}'
           + (f'; greedy decoding recites {recitals[name]:.0%} of its 50-token continuations' if name in recitals else ''))
 if out_dir:
-    print(f"{files['model.pt']} is what one deploys. Now: python sample.py{'' if out_dir == 'out' else f' --checkpoint={out_dir}'}")
+    print(f"{files['model.pt']} is what one deploys. Now: python sample.py{'' if out_dir == 'out' else ' --checkpoint=' + shlex.quote(out_dir)}")
     print(f"{files['log.csv']} has the curve, for a spreadsheet or gnuplot -p -e \"set datafile separator ','; "
           f"plot '{files['log.csv']}' using 1:2 with lines\"")

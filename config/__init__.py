@@ -8,6 +8,7 @@ applies in the order given: files (plain Python, able to read the values set so 
 """
 import builtins
 import difflib
+import functools
 import os
 import re
 import signal
@@ -18,16 +19,17 @@ import types
 given = set()  # the settings that a file or the command line has set, for a script that asks "or is it the default?"
 
 
-def configure(namespace, limits=()):
+def configure(namespace, limits=(), memory_advice='lower the sizes asked for'):
     """Override the settings in `namespace`, in place, from sys.argv; return all of them as a plain dict.
 
     A setting is a bool, int, float or str with a lowercase name that does not begin with an underscore. Its default's
     type is the type it keeps, except that a str whose default is 'auto' takes True and False as well. `limits` maps a name to the
-    strings it may be, to (least,) or to (least, greatest). Ends the process with status 2 and one line for anything
-    wrong. In a script (not under test) it also sees to one-line errors and to exit status 130 and 143 on signals.
+    strings it may be, to (least,) or (least, greatest), or to a function that raises ValueError. Ends the process with status 2 and one line for anything
+    wrong. In a script (not under test) it also sees to one-line errors (where memory runs out, with `memory_advice`) and to
+    exit status 130 and 143 on signals.
     """
     if namespace.get('__name__') == '__main__':
-        sys.excepthook = report
+        sys.excepthook = functools.partial(report, memory_advice=memory_advice)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     settings = {k: v for k, v in namespace.items()
@@ -35,9 +37,6 @@ def configure(namespace, limits=()):
     auto = {key for key, value in settings.items() if value == 'auto'}
     given.clear()
     args = sys.argv[1:]
-    if '-h' in args or '--help' in args:
-        print_help(namespace, settings)
-        sys.exit()
 
     def override(key, value, source):
         if key not in settings:
@@ -54,6 +53,9 @@ def configure(namespace, limits=()):
 
     while args:
         arg = args.pop(0)
+        if arg in ('-h', '--help'):
+            print_help(namespace, settings)
+            sys.exit()
         if not arg.startswith('--'):
             for key, value in run_file(arg, settings).items():
                 if key in settings or not isinstance(value, (types.ModuleType, type)) and not callable(value):
@@ -76,7 +78,12 @@ def configure(namespace, limits=()):
 
     for key, limit in dict(limits).items():
         value = settings[key]
-        if isinstance(limit[0], str):
+        if callable(limit):
+            try:
+                limit(value)
+            except ValueError as error:
+                fail(f'--{key}={value}: {error}', 2)
+        elif isinstance(limit[0], str):
             if value not in limit:
                 fail(f"--{key}={value}: choose one of {', '.join(limit)}", 2)
         elif not value >= limit[0]:  # written so that nan fails too
@@ -97,10 +104,10 @@ def run_file(path, settings):
     try:
         with open(found, encoding='utf-8') as f:
             exec(compile(f.read(), found, 'exec'), scope)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == found]
-        line = getattr(error, 'lineno', None) or (lines[-1] if lines else 0)
-        fail(f'{path}, line {line}: {type(error).__name__}: {error}', 2)
+        line = getattr(error, 'lineno', None) or (lines[-1] if lines else None)
+        fail(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", 2)
     return {key: value for key, value in scope.items() if not key.startswith('_')}
 
 
@@ -125,11 +132,14 @@ def fail(message, status=1):
     sys.exit(status)
 
 
-def report(kind, error, trace):
-    """sys.excepthook: one line for what users can mend (files, and values that our own code refuses); else a trace."""
+def report(kind, error, trace, memory_advice=''):
+    """sys.excepthook: one line for what users can mend (files, memory, values that our own code refuses); else a trace."""
     ours = traceback.extract_tb(trace)[-1].filename.startswith(os.path.dirname(os.path.dirname(__file__)))
-    if issubclass(kind, OSError) or issubclass(kind, ValueError) and ours:
-        message = f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else error
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+    message = f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else error
+    wanted = re.search(r"([Tt]ried to allocate [\d.]+ \w+)|can't allocate memory.*?(\d+ bytes)|out of memory", str(error))
+    if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and wanted:
+        size = wanted and (wanted[1] or wanted[2])
+        message = f"out of memory{f' ({size})' if size else ''}; {memory_advice}"
+    elif not issubclass(kind, OSError) and not (issubclass(kind, ValueError) and ours):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)

@@ -14,6 +14,7 @@ min_lr = 6e-5
 schedule = 'cosine'
 warmup_iters = 10
 max_iters = 10_000
+lr_decay_iters = 10_000
 weight_decay = 0.1   # not published: ours ("AdamW with weight decay")
 beta1 = 0.9          # not published: ours
 beta2 = 0.95         # not published: ours

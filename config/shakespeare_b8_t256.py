@@ -14,6 +14,7 @@ min_lr = 0.0
 schedule = 'cosine'
 warmup_iters = 500
 max_iters = 5000
+lr_decay_iters = 5000
 weight_decay = 0.1     # not published: ours
 beta1 = 0.9            # not published: ours
 beta2 = 0.95           # not published: ours

@@ -14,6 +14,7 @@ min_lr = 6e-5          # not published: ours
 schedule = 'cosine'
 warmup_iters = 100     # not published: ours
 max_iters = 3000       # not published: ours
+lr_decay_iters = 3000  # not published: ours
 weight_decay = 0.1     # not published: ours
 beta1 = 0.9            # not published: ours
 beta2 = 0.95           # not published: ours
