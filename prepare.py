@@ -107,6 +107,37 @@ def get_tokenizer(meta):
     raise ValueError(f"tokenizer {meta['name']!r} is not one of gpt2, char")
 
 
+class TextStream:
+    """Ids to text as they come: only whole characters, which can straddle tokens, and only up to the string `stop`."""
+
+    def __init__(self, tokenizer, stop=''):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.held = ''   # what may yet turn out to be the beginning of `stop`
+        self.ended = ''  # why the text is over: 'stop string' or 'end of text'
+
+    def feed(self, id):
+        """The text that this id makes sure of, often empty; nothing once the text has ended."""
+        if self.ended:
+            return ''
+        if id == self.tokenizer.eot:
+            self.ended = 'end of text'
+            return self.rest()
+        self.held += self.decoder.decode(self.tokenizer.decode_bytes([id]))
+        sure = len(self.held)
+        if self.stop and self.stop in self.held:
+            self.ended, sure = 'stop string', self.held.index(self.stop)
+        elif self.stop:
+            sure -= max((n for n in range(1, len(self.stop)) if self.held.endswith(self.stop[:n])), default=0)
+        text, self.held = self.held[:sure], self.held[sure:]
+        return text
+
+    def rest(self):
+        """What was held back, once no more ids come; the bytes of an unfinished character are left out."""
+        text, self.held = '' if self.ended == 'stop string' else self.held, ''
+        return text
+
+
 def find_files(input):
     """The files that `input` names: a file, a folder (all below it, hidden ones aside) or a glob; sorted by path."""
     if os.path.isfile(input):
@@ -129,7 +160,7 @@ def sha256_of(files):
 
 
 def read_text(path, block_bytes=2**16):
-    """Yield a UTF-8 file's text block by block, newlines as they are. Raises ValueError with the offset of a bad byte."""
+    """Yield a UTF-8 file's text block by block, newlines as they are; path 0 is standard input. Raises ValueError with the offset of a bad byte."""
     decoder, done = codecs.getincrementaldecoder('utf-8')(), 0
     with open(path, 'rb') as f:
         while True:
@@ -138,7 +169,7 @@ def read_text(path, block_bytes=2**16):
             try:
                 yield decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                raise ValueError(f'{path}: not UTF-8 at byte {done - held + error.start:,}; convert it first, '
+                raise ValueError(f'{path or "standard input"}: not UTF-8 at byte {done - held + error.start:,}; convert it first, '
                                  f'for example with iconv -f latin1 -t utf-8') from None
             if not block:
                 return

@@ -22,8 +22,10 @@ import tiktoken
 import torch
 
 import config
-from model import GPT, GPTConfig, HeadLoss, Muon, choose, find, load, orthogonalize, pick_device, read, save, split_loss
-from prepare import CharTokenizer, GPT2Tokenizer, check_dataset, cut_exactly, load_data, prepare
+import model
+from model import (GPT, GPTConfig, HeadLoss, Muon, choose, filter_logits, find, load, orthogonalize, penalize, pick_device, read, save,
+                   split_loss)
+from prepare import CharTokenizer, GPT2Tokenizer, TextStream, check_dataset, cut_exactly, load_data, prepare
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SMALL = dict(block_size=64, vocab_size=1100, n_layer=2, n_head=2, n_embd=32)
@@ -199,38 +201,85 @@ def test_impossible_shapes_are_refused(wrong):
 
 # generation -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('length, B', [(1, 1), (7, 3), (16, 1), (40, 3)])
-def test_cached_steps_equal_whole_forward_passes(gpt, length, B):
+@pytest.mark.parametrize('length, B, compile', [(1, 1, 'False'), (7, 3, 'False'), (15, 1, 'False'), (16, 3, 'False'), (40, 1, 'False'),
+                                                (7, 1, 'True')])
+def test_cached_steps_equal_whole_forward_passes(gpt, monkeypatch, length, B, compile):
     """Within the window and across slides, which keep the newest half of it."""
     gpt.trained_context = 16
     idx = torch.randint(1100, (B, length))
-    window = idx[:, -16:]
-    for ids in gpt.generate(idx, 40, temperature=0):
+    window, seen = idx[:, -16:], []
+    monkeypatch.setattr(model, 'choose', lambda logits, *rest: seen.append(logits.clone()) or choose(logits, *rest))
+    for ids in gpt.generate(idx, 40, temperature=0, compile=compile):
         if window.size(1) > 16:
             window = window[:, -8:]
         with torch.no_grad():
             logits = gpt(window)[:, -1]
-        assert torch.equal(ids, logits.argmax(dim=-1))
+        assert torch.equal(ids, logits.argmax(dim=-1)) and (logits - seen.pop()).abs().max() < 1e-4
         window = torch.cat((window, ids[:, None]), dim=1)
 
 
+@pytest.mark.parametrize('B', [1, 4])
+def test_greedy_text_equals_hugging_face(B):
+    torch.manual_seed(1)
+    gpt = GPT(GPTConfig(block_size=256, vocab_size=1100, n_layer=2, n_head=2, n_embd=32)).eval()
+    for p in gpt.parameters():
+        p.data *= 4  # logits far enough apart that the last bits do not decide
+    theirs, idx = hugging_face(gpt), torch.randint(1100, (B, 9))
+    with torch.no_grad():
+        expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=200, do_sample=False, eos_token_id=None,
+                                   pad_token_id=0, repetition_penalty=1.3)
+    ids = torch.stack(list(gpt.generate(idx, 200, temperature=0, repetition_penalty=1.3)), dim=1)
+    assert torch.equal(ids, expected[:, 9:])
+
+
+@pytest.mark.parametrize('settings', [dict(temperature=0.7), dict(top_k=50), dict(top_k=1), dict(top_p=0.9), dict(top_p=0.0), dict(min_p=0.05),
+                                      dict(min_p=1.0), dict(repetition_penalty=1.3), dict(temperature=2.0, top_k=300, top_p=0.8, min_p=0.01,
+                                                                                          repetition_penalty=0.8)], ids=str)
+def test_filtered_distributions_equal_hugging_face(settings):
+    process = pytest.importorskip('transformers.generation.logits_process', reason='pip install transformers')
+    torch.manual_seed(0)
+    logits, idx = 3 * torch.randn(16, 1100), torch.randint(1100, (16, 40))
+    penalty, temperature = settings.pop('repetition_penalty', 1.0), settings.get('temperature', 1.0)
+    seen = torch.zeros(16, 1100, dtype=torch.bool).scatter_(1, idx, True)
+    ours = filter_logits(penalize(logits, seen, penalty), **settings).softmax(dim=-1)
+    theirs = process.RepetitionPenaltyLogitsProcessor(penalty)(idx, logits)
+    theirs = process.TemperatureLogitsWarper(temperature)(idx, theirs)
+    for key, warper in (('top_k', process.TopKLogitsWarper), ('top_p', process.TopPLogitsWarper), ('min_p', process.MinPLogitsWarper)):
+        if key in settings:
+            theirs = warper(settings[key])(idx, theirs)
+    assert (ours - theirs.softmax(dim=-1)).abs().max() < 1e-5
+
+
 def test_a_text_depends_on_its_seed_alone(gpt):
-    idx = torch.randint(1100, (1, 5)).expand(3, 5)
-    batch = torch.stack(list(gpt.generate(idx, 20, seed=7)), dim=1)
+    idx = torch.randint(1100, (1, 5))
+    batch = torch.stack(list(gpt.generate(idx, 20, num_samples=3, seed=7)), dim=1)
     torch.rand(3)  # whatever else draws
-    alone = torch.stack(list(gpt.generate(idx[:1], 20, seed=8)), dim=1)
+    alone = torch.stack(list(gpt.generate(idx, 20, seed=8)), dim=1)
     assert torch.equal(batch[1], alone[0])
     assert not torch.equal(batch[0], batch[1])
+    two = torch.cat((idx, idx.flip(1)))  # each prompt's texts are side by side
+    assert torch.equal(torch.stack(list(gpt.generate(two, 20, num_samples=3, seed=7)), dim=1)[:3], batch)
 
 
-def test_choices(gpt):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
-    assert choose(logits, 0, 0, generator) == 1
-    assert {choose(logits, 5.0, 2, generator).item() for _ in range(100)} == {1, 2}
-    assert choose(logits, 1e-40, 0, generator) == 1  # no overflow to nan
-    counts = np.bincount([choose(logits, 2.0, 0, generator) for _ in range(4000)], minlength=4)
-    assert np.abs(counts / 4000 - torch.softmax(logits / 2, 0).numpy()).max() < 0.03
+def test_choices():
+    logits, uniform = torch.tensor([[0.0, 3.0, 2.0, -1.0]]).expand(4000, 4), torch.rand(4000)
+    assert (choose(logits, uniform, temperature=0) == 1).all()
+    assert set(choose(logits, uniform, 5.0, top_k=2).tolist()) == {1, 2}
+    assert (choose(logits, uniform, 1e-300) == 1).all() and (choose(logits, uniform, top_p=0.0) == 1).all()  # no overflow to nan
+    counts = torch.bincount(choose(logits, uniform, 2.0), minlength=4)
+    assert (counts / 4000 - torch.softmax(logits[0] / 2, 0)).abs().max() < 0.03
+    edge = torch.tensor([1 - 2**-24, 0.0])  # the greatest and least numbers that torch.rand gives
+    assert choose(torch.tensor([[0.0, -math.inf, 0.0, -math.inf]] * 2), edge).tolist() == [2, 0]
+
+
+def test_any_setting_gives_a_text(gpt):
+    rng = random.Random(0)
+    for _ in range(60):
+        settings = dict(temperature=rng.choice([0.0, 1e-300, 0.8, 1e9]), top_k=rng.choice([0, 1, 50, 10**9]), top_p=rng.choice([0.0, 1e-9, 0.9, 1.0]),
+                        min_p=rng.choice([0.0, 1e-300, 0.1, 1.0]), repetition_penalty=rng.choice([1e-3, 1.0, 1.2, 1e3]), num_samples=rng.choice([1, 3]),
+                        seed=rng.choice([0, 2**63 - 1]), context=rng.choice([0, 1, 2, 33]))
+        steps = list(gpt.generate(torch.randint(1100, (1, rng.choice([1, 63, 64, 65, 500]))), rng.choice([1, 2, 70]), **settings))
+        assert all(0 <= ids.min() and ids.max() < 1100 for ids in steps), settings
 
 
 def test_padded_ids_are_never_sampled(gpt):
@@ -388,6 +437,30 @@ def test_pieces_encode_as_the_whole(reference):
         pieces = list(cut_exactly(blocks))
         assert ''.join(pieces) == text
         assert [i for piece in pieces for i in reference.encode_ordinary(piece)] == reference.encode_ordinary(text)
+
+
+def test_a_stream_is_whole_characters_up_to_its_stop():
+    class Bytes:
+        eot = 256
+
+        def decode_bytes(self, ids):
+            return bytes(ids)
+
+    def said(contents, stop=''):
+        stream, parts = TextStream(Bytes(), stop), []
+        for id in contents:
+            parts.append(stream.feed(id))
+            assert not stop or stop[0] not in parts[-1] or stop not in ''.join(parts)
+        return ''.join(parts) + stream.rest(), stream.ended
+    text = 'é日本🎭e\u0301'
+    assert said(text.encode()) == (text, '')
+    assert said(text.encode()[:-1]) == (text[:-1], '')  # cut inside a character: nothing of it
+    assert said(b'ab\xffc') == ('ab\ufffdc', '')
+    assert said(b'one END two', 'END') == ('one ', 'stop string')
+    assert said('日本🎭!'.encode(), '🎭') == ('日本', 'stop string')
+    assert said(b'EEN EN', 'END') == ('EEN EN', '')  # held back, not lost
+    assert said(b'EEND', 'END') == ('E', 'stop string')
+    assert said([*b'ab', 256, *b'cd'], 'bc') == ('ab', 'end of text')
 
 
 @pytest.mark.parametrize('blank', [' ', '\n', '\u3000'])
@@ -800,11 +873,20 @@ def test_sample_prints_the_text_alone(folder):
     process = run('sample.py', '--start=FILE:prompt.txt', '--temperature=0', '--max_new_tokens=5', '--checkpoint=out/tiny', cwd=folder)
     assert process.stdout.startswith('日本 🎭') and len(process.stdout) == len('日本 🎭') + 5 + 1
     assert run('sample.py', '--checkpoint=out/tiny/best.pt', cwd=folder).returncode == 0  # an empty prompt
+    process = run('sample.py', '--interactive', '--checkpoint=out/tiny', '--stop=t', '--temperature=0.5', '--num_samples=2', cwd=folder,
+                  stdin='The \n@\nmat; ' + 'cat ' * 20)
+    assert process.returncode == 0 and process.stderr.count('Prompt> ') == 4 and "'@' is not in" in process.stderr, process.stderr
+    assert 'it sees the end' in process.stderr
+    first, _, second, _ = re.split('\n---------------\n|\n(?=mat)', process.stdout)
+    assert first.startswith('The ') and second.startswith('mat; cat ') and 't' not in first[4:]
+    piped = run('sample.py', '--start=-', '--checkpoint=out/tiny', '--max_new_tokens=5', cwd=folder, stdin='日本')
+    assert piped.stdout == run('sample.py', '--start=日本', '--checkpoint=out/tiny', '--max_new_tokens=5', cwd=folder).stdout
     process = run('sample.py', '--start=cat.<|endoftext|>', '--temperature=1e-300', '--checkpoint=out/tiny', cwd=folder)
     assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize('args, status, words', [
+    (['--top_p=1.5'], 2, ['at most 1']), (['--repetition_penalty=0'], 2, ['at least']), (['--min_p=-1'], 2, ['at least 0']),
     (['--tempratur=1'], 2, ['temperature']), (['--top_k=x'], 2, ['int']), (['--temperature=-1'], 2, ['at least 0']),
     (['--temperature=nan'], 2, ['nan']), (['--checkpoint=none'], 1, ['none', 'quickstart']), (['--checkpoint=input.txt'], 1, ['damaged']),
     (['--start=FILE:none.txt'], 1, ['none.txt']), (['--start=FILE:latin.txt'], 1, ['not UTF-8']), (['--start=@'], 1, ["'@'"]),
