@@ -8,6 +8,7 @@ The network is OpenAI's (https://github.com/openai/gpt-2, src/model.py), with it
 B batch, T time, C channels (n_embd), nh heads, hs head size, V vocabulary, S cached positions.
 """
 import ctypes
+import dataclasses
 import functools
 import math
 import os
@@ -16,7 +17,6 @@ import platform
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 FORMAT_VERSION = 1
 
 
-@dataclass
+@dataclasses.dataclass
 class GPTConfig:
     """The shape of a GPT; the defaults are GPT-2 small. Raises ValueError for a shape that cannot be."""
     block_size: int = 1024    # positions that it has embeddings for
@@ -37,6 +37,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True         # in the linear layers and layer norms, as GPT-2
+    quantized: str = ''       # the matrices are 'int8' or 'int4', for inference; '' = floats
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
@@ -46,6 +47,8 @@ class GPTConfig:
             raise ValueError(f'n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: the heads must be equal')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout {self.dropout}: must be at least 0 and under 1')
+        if self.quantized not in LAYERS:
+            raise ValueError(f"quantized {self.quantized!r}: choose '', 'int8' or 'int4'")
 
     @property
     def padded_vocab_size(self):
@@ -54,7 +57,7 @@ class GPTConfig:
         The rows past vocab_size join the softmax in training, as in nanoGPT, and are never sampled. A small table is
         left alone: padding 65 characters to 128 would add 0.7 to the first loss for nothing.
         """
-        return self.vocab_size if self.vocab_size < 1024 else math.ceil(self.vocab_size / 64) * 64
+        return self.vocab_size if self.vocab_size < 1024 or self.quantized else math.ceil(self.vocab_size / 64) * 64
 
 
 # Both libraries are in torch's x86 builds; float32 on a CPU that is not Intel's is MKL's weak spot: on two cores of Zen 5
@@ -119,22 +122,98 @@ class Linear(nn.Linear):
         return product(x, self.weight, self.bias)
 
 
+class Int8Linear(nn.Module):
+    """A linear layer, or a table, whose weights (O, C) are int8 with a scale a row: w = q * scale.
+
+    On a CPU each row of x is made int8 too, by its greatest value, and the products are whole numbers: at GPT-2 small's
+    widths on two cores of Zen 5 a row takes 40 µs for every MB, and 512 rows half the time of float32. Elsewhere only
+    the weights are int8 (on CUDA _int_mm wants more than 16 rows).
+    """
+    def __init__(self, C, O, bias=True):
+        super().__init__()
+        self.register_buffer('weight', torch.zeros(O, C, dtype=torch.int8))
+        self.register_buffer('scale', torch.zeros(O))
+        self.register_buffer('bias', torch.zeros(O) if bias else None)
+
+    def rows(self, idx):
+        """Rows idx of the table, floats (…, C)."""
+        return self.weight[idx] * self.scale[idx][..., None]
+
+    def forward(self, x):
+        if x.device.type != 'cpu':
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        else:
+            rows = x.reshape(-1, x.size(-1))
+            greatest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
+            q = (rows * (127 / greatest)).round_().to(torch.int8)
+            y = (torch._int_mm(q, self.weight.t()) * (greatest / 127) * self.scale).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class Int4Linear(nn.Module):
+    """A linear layer, or a table, whose weights (O, C) are 4 bits, with a scale for every GROUP along a row: w = (q - 8) * scale.
+
+    weight (O, C / 2) holds two q a byte, the even column in the low half; scale is (O, C / GROUP), C being padded with
+    zeros to a multiple of GROUP. On a CPU, load() brings them into the order of torch's kernel, which takes bfloat16.
+    """
+    GROUP = 32
+
+    def __init__(self, C, O, bias=True):
+        super().__init__()
+        groups = math.ceil(C / self.GROUP)
+        self.shape = O, C
+        self.register_buffer('weight', torch.zeros(O, groups * self.GROUP // 2, dtype=torch.uint8))
+        self.register_buffer('scale', torch.zeros(O, groups))
+        self.register_buffer('bias', torch.zeros(O) if bias else None)
+        self.packed = None
+
+    def unpack(self, weight, scale):
+        """Floats (…, C) of bytes (…, C / 2) and scales (…, groups)."""
+        q = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)  # (…, C)
+        w = (q.to(scale.dtype) - 8).unflatten(-1, (-1, self.GROUP)) * scale[..., None]
+        return w.flatten(-2)[..., :self.shape[1]]
+
+    def rows(self, idx):
+        """Rows idx of the table, floats (…, C)."""
+        return self.unpack(self.weight[idx], self.scale[idx])
+
+    def pack(self):
+        """Bring the weights into the kernel's order, in which there is room for 16 · n rows only."""
+        padding = -self.shape[0] % 16
+        weight, scale = F.pad(self.weight, (0, 0, 0, padding), value=8 * 17), F.pad(self.scale, (0, 0, 0, padding))
+        parts = [torch.stack((part & 15, part >> 4), dim=-1).flatten(-2).int() for part in weight.split(4096)]
+        self.packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(part, 1) for part in parts])
+        self.scale_and_zero = torch.stack((scale.t(), torch.zeros_like(scale.t())), dim=-1).bfloat16().contiguous()
+
+    def forward(self, x):
+        if self.packed is None:
+            y = F.linear(x, self.unpack(self.weight, self.scale).to(x.dtype))
+        else:
+            rows = F.pad(x.reshape(-1, x.size(-1)), (0, -x.size(-1) % self.GROUP)).bfloat16()
+            y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.GROUP, self.scale_and_zero)
+            y = y[:, :self.shape[0]].to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+LAYERS = {'': Linear, 'int8': Int8Linear, 'int4': Int4Linear}  # by GPTConfig.quantized
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        layer = LAYERS[config.quantized]
+        self.c_attn = layer(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = layer(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x, cache=None, start=0):
+    def forward(self, x, cache=None, start=0, mask=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        dropout, mask = self.dropout if self.training else 0.0, None
-        if isinstance(start, torch.Tensor):  # static shapes, for a compiled or captured step: all S positions, masked
+        dropout = self.dropout if self.training else 0.0
+        if mask is not None:  # static shapes, for a compiled or captured step: all S positions of the cache
             cache[0][:, :, start], cache[1][:, :, start] = k, v
             k, v = cache
-            mask = torch.arange(k.size(2), device=x.device)[None] <= start  # (1, S)
         elif cache is not None:  # two of (B, nh, S, hs), filled up to `start`
             cache[0][:, :, start:start + T], cache[1][:, :, start:start + T] = k, v
             k, v = cache[0][:, :, :start + T], cache[1][:, :, :start + T]
@@ -162,8 +241,9 @@ def attend_in_products(q, k, v, dropout):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        layer = LAYERS[config.quantized]
+        self.c_fc = layer(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = layer(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x):
@@ -179,8 +259,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, start=0):
-        x = x + self.attn(self.ln_1(x), cache, start)
+    def forward(self, x, cache=None, start=0, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, start, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -220,7 +300,10 @@ class GPT(nn.Module):
         self.config = config
         self.trained_context = config.block_size  # the longest window it has learnt from, in tokens; load() sets it
         self.gradient_checkpointing = False  # keep only the blocks' inputs for backward, and run each forward again
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        if config.quantized:
+            self.wte = LAYERS[config.quantized](config.n_embd, config.vocab_size, bias=False)
+        else:
+            self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
@@ -249,19 +332,23 @@ class GPT(nn.Module):
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f'{T} positions, and the model has {self.config.block_size}; shorten the window')
-        positions = self.wpe(start) if isinstance(start, torch.Tensor) else self.wpe.weight[start:start + T]
-        x = self.wte(idx) + positions  # (B, T, C)
+        mask = None
+        if isinstance(start, torch.Tensor):
+            positions, mask = self.wpe(start), torch.arange(cache[0][0].size(2), device=idx.device)[None] <= start  # (1, S)
+        else:
+            positions = self.wpe.weight[start:start + T]
+        x = (self.wte.rows(idx) if self.config.quantized else self.wte(idx)) + positions  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, None if cache is None else cache[i], start)
+                x = block(x, None if cache is None else cache[i], start, mask)
         return self.ln_f(x)
 
     def head(self, x):
         """Logits (…, V) of states (…, C), the padded ids cut off."""
-        return product(x, self.wte.weight)[..., :self.config.vocab_size]
+        return self.wte(x) if self.config.quantized else product(x, self.wte.weight)[..., :self.config.vocab_size]
 
     # generation -------------------------------------------------------------------------------------------------------
 
@@ -274,9 +361,20 @@ class GPT(nn.Module):
     def next_logits(self, idx, cache, start=0):
         """Logits (B, V) in float32 after ids (B, T) at positions start…; the cache then holds those positions too.
 
-        start is an int, or for static shapes a tensor (1,), with T = 1.
+        start is an int, or for static shapes a tensor (1,), with T = 1. Dropout is off, whatever the model's mode.
         """
+        if self.training:
+            self.eval()
+            try:
+                return self.next_logits(idx, cache, start)
+            finally:
+                self.train()
         return self.head(self.hidden(idx, cache, start)[:, -1]).float()
+
+    def prefill(self, idx, cache):
+        """next_logits of ids (B, T) from position 0, some rows at a time: many long texts' states would take gigabytes."""
+        n = max(2048 // idx.size(1), 1)
+        return torch.cat([self.next_logits(idx[i:i + n], [(k[i:i + n], v[i:i + n]) for k, v in cache]) for i in range(0, len(idx), n)])
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
                  num_samples=1, seed=1337, context=0, stop_ids=(), compile='auto'):
@@ -293,58 +391,54 @@ class GPT(nn.Module):
         Footgun: inference_mode around a yield would leak into the caller, so only the steps have it.
         """
         window = min(context or self.trained_context, self.config.block_size)
-        texts, T = len(idx) * num_samples, min(idx.size(1), window)
-        device, was_training = self.wpe.weight.device, self.training
+        rows = torch.arange(len(idx)).repeat_interleave(num_samples)  # each text's prompt
+        texts, T, device = len(rows), min(idx.size(1), window), self.wpe.weight.device
         generators = [torch.Generator().manual_seed(seed + i) for i in range(texts)]
-        cache = self.new_cache(texts, min(window, T + max_new_tokens))
-        idx = idx.to(device)
-        seen = None
+        idx, rows, seen = idx.to(device), rows.to(device), None
         if repetition_penalty != 1:
-            seen = torch.zeros(texts, self.config.vocab_size, dtype=torch.bool, device=device)
-            seen.scatter_(1, idx.repeat_interleave(num_samples, dim=0), True)
-        finished = torch.zeros(texts, dtype=torch.bool)
-        stop_ids = torch.tensor(stop_ids, dtype=torch.long)
-        self.eval()
-        try:
-            step = fast_step(self, cache, max_new_tokens, compile)
-            # the prompts are run once each, and their past is copied to their texts
-            prompts = cache if num_samples == 1 else self.new_cache(len(idx), T)
-            logits = self.next_logits(idx[:, -T:], prompts).repeat_interleave(num_samples, dim=0)
-            if num_samples > 1:
-                for pair, prompt_pair in zip(cache, prompts):
-                    for kept, prompt in zip(pair, prompt_pair):
-                        kept[:, :, :T] = prompt.repeat_interleave(num_samples, dim=0)
-            text = idx[:, -T:].repeat_interleave(num_samples, dim=0)
-            del prompts
-            for i in range(max_new_tokens):
-                if i and T < window:
-                    logits = step(ids[:, None], cache, T)
-                    T += 1
-                elif i:
-                    T = max(window // 2, 1)
-                    text = text[:, -T:]
-                    logits = self.next_logits(text, cache)
-                uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-                ids = choose(logits, uniform, temperature, top_k, top_p, min_p, repetition_penalty, seen)
-                if finished.any():
-                    ids = torch.where(finished.to(device), text[:, -1], ids)
-                text = torch.cat((text, ids[:, None]), dim=1)[:, -window:]
-                if seen is not None:
-                    seen.scatter_(1, ids[:, None], True)
-                out = ids.cpu()
-                yield out
-                finished |= torch.isin(out, stop_ids)
-                if finished.all():
-                    return
-        finally:
-            self.train(was_training)
+            seen = torch.zeros(texts, self.config.vocab_size, dtype=torch.bool, device=device).scatter_(1, idx[rows], True)
+        finished, stop_ids = torch.zeros(texts, dtype=torch.bool), torch.tensor(stop_ids, dtype=torch.long)
+        # in steps of 256 positions, so that a compiled step serves most lengths
+        cache = self.new_cache(texts, min(window, math.ceil((T + max_new_tokens) / 256) * 256))
+        step = fast_step(self, cache, max_new_tokens, compile)
+
+        # the prompts are run once each, and their past is copied to their texts
+        prompts = cache if num_samples == 1 else self.new_cache(len(idx), T)
+        logits = self.prefill(idx[:, -T:], prompts)[rows]
+        if num_samples > 1:
+            for layer, prompt in zip(cache, prompts):
+                layer[0][:, :, :T], layer[1][:, :, :T] = prompt[0][rows], prompt[1][rows]
+        text = idx[rows, -T:]
+        del prompts
+        for i in range(max_new_tokens):
+            if i and T < window:
+                logits = step(ids[:, None], cache, T)
+                T += 1
+            elif i:
+                T = max(window // 2, 1)
+                text = text[:, -T:]
+                logits = self.prefill(text, cache)
+            uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+            ids = choose(logits, uniform, temperature, top_k, top_p, min_p, repetition_penalty, seen)
+            if finished.any():
+                ids = torch.where(finished.to(device), text[:, -1], ids)
+            text = torch.cat((text, ids[:, None]), dim=1)[:, -window:]
+            if seen is not None:
+                seen.scatter_(1, ids[:, None], True)
+            out = ids.cpu()
+            yield out
+            finished |= torch.isin(out, stop_ids)
+            if finished.all():
+                return
 
     # sizes and costs --------------------------------------------------------------------------------------------------
 
     def num_params(self):
         """Trainable numbers, the tied table once and its padding not at all: 124,439,808 for GPT-2 small."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding
+        with torch.device('meta'):
+            shape = GPT(dataclasses.replace(self.config, quantized='')) if self.config.quantized else self
+        padding = (shape.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in shape.parameters()) - padding
 
     def flops_per_token(self, seq_len):
         """Floating-point operations to train on one token: 6N + 12·layers·C·T, N without the position table.
@@ -437,7 +531,7 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Logits (B, V) divided by the temperature, those that are not to be chosen at -inf; in Hugging Face's order and sense:
     the top_k likeliest; of these the likeliest that reach top_p together (https://arxiv.org/abs/1904.09751); and those
-    at least min_p times as likely as the likeliest (https://arxiv.org/abs/2407.01082). Ties with the last stay.
+    at least min_p times as likely as the likeliest (https://arxiv.org/abs/2407.01082). Ties with the last stay, in top_p too.
     """
     V = logits.size(-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)  # from 0 down: none overflows
@@ -470,19 +564,22 @@ def fast_step(model, cache, steps, compile='auto'):
     """A function step(ids (B, 1), cache, position) -> logits (B, V), for `steps` steps with a cache that is still empty.
 
     It is next_logits, or that with static shapes: one captured CUDA graph, or compiled for a CPU. 'auto' does so only
-    where the call is long enough to pay for it: 64 steps for a capture, 20,000 for a compile, whose steps are a few
+    where the call is long enough to pay for it: 64 steps for a capture, 50,000 for a compile, whose steps are a few
     hundredths faster. Where compiling fails (no C++ compiler) that is said, and the steps are plain.
     """
-    texts, device = len(cache[0][0]), cache[0][0].device
+    texts, _, S, _ = cache[0][0].shape
+    device = cache[0][0].device
     on_gpu = device.type == 'cuda'
-    if compile == 'False' or compile == 'auto' and steps < (64 if on_gpu else 20_000):
+    if compile == 'False' or compile == 'auto' and (S < 64 or steps < (64 if on_gpu else 50_000)):
         return model.next_logits
     ids = torch.zeros(texts, 1, dtype=torch.long, device=device)
     start = torch.zeros(1, dtype=torch.long, device=device)
     try:
         if on_gpu:
-            run = capture(functools.partial(model.next_logits, ids, cache, start))
+            with torch.cuda.device(device):
+                run = capture(functools.partial(model.next_logits, ids, cache, start))
         else:
+            print('compiling the step, which can take half a minute (--compile=False starts at once)', file=sys.stderr)
             register_product()
             compiled = torch.inference_mode()(torch.compile(GPT.next_logits.__wrapped__, dynamic=False, fullgraph=True))
             run = functools.partial(compiled, model, ids, cache, start)
@@ -667,7 +764,7 @@ def save(path, model, tokenizer, kind='model', **facts):
     weights = dict(model.state_dict())
     if kind != 'checkpoint':
         weights['wte.weight'] = weights['wte.weight'][:model.config.vocab_size].clone()
-    write_atomically(path, {'format_version': FORMAT_VERSION, 'kind': kind, 'config': asdict(model.config),
+    write_atomically(path, {'format_version': FORMAT_VERSION, 'kind': kind, 'config': dataclasses.asdict(model.config),
                             'tokenizer': tokenizer, 'trained_context': model.trained_context, **facts, 'model': weights})
 
 
@@ -719,23 +816,31 @@ def find(path):
 def load(path, device='cpu'):
     """(model, meta) from a model file or folder; see find(). meta is all the file says, with `path`, weights aside.
 
-    The model is in eval mode. Raises FileNotFoundError, or ValueError for a file that is not whole.
+    The model is in eval mode, its floats in float32. Raises FileNotFoundError, or ValueError for a file that is not whole.
     """
     path = find(path)
-    meta = read(path)
-    weights = meta.pop('model')
+    contents = read(path)
     try:
-        config = GPTConfig(**meta['config'])
-        with torch.device('meta'):
-            model = GPT(config)
-        table = weights['wte.weight']
-        if len(table) < config.padded_vocab_size:
-            # the mean row gives padded ids the mean logit: a zero row's logit 0 would outweigh GPT-2's, all about -100
-            rows = table.mean(0, keepdim=True).expand(config.padded_vocab_size - len(table), -1)
-            weights['wte.weight'] = torch.cat((table, rows))
-        model.load_state_dict(weights, assign=True)
+        return build(contents, device), {**{key: value for key, value in contents.items() if key != 'model'}, 'path': path}
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f'{path}: its parts do not fit together: {str(error)[:300]}') from None
-    model.to(device)
-    model.trained_context = meta['trained_context']
-    return model.eval(), {**meta, 'path': path}
+
+
+def build(contents, device='cpu'):
+    """The GPT that a model file's contents describe, in eval mode; it takes over the weights. Raises much for bad ones."""
+    config, weights = GPTConfig(**contents['config']), contents['model']
+    with torch.device('meta'):
+        model = GPT(config)
+    table = weights['wte.weight']
+    if len(table) < config.padded_vocab_size:  # floats, without their padding
+        # the mean row gives padded ids the mean logit: a zero row's logit 0 would outweigh GPT-2's, all about -100
+        rows = table.mean(0, keepdim=True).expand(config.padded_vocab_size - len(table), -1)
+        weights['wte.weight'] = torch.cat((table, rows))
+    model.load_state_dict(weights, assign=True)
+    model.float().to(device)  # 16 bits are for the file alone
+    if device == 'cpu':
+        for module in model.modules():
+            if isinstance(module, Int4Linear):
+                module.pack()
+    model.trained_context = contents['trained_context']
+    return model.eval()

@@ -128,7 +128,7 @@ class TextStream:
         if self.stop and self.stop in self.held:
             self.ended, sure = 'stop string', self.held.index(self.stop)
         elif self.stop:
-            sure -= max((n for n in range(1, len(self.stop)) if self.held.endswith(self.stop[:n])), default=0)
+            sure -= max((n for n in range(1, min(len(self.stop), sure + 1)) if self.held.endswith(self.stop[:n])), default=0)
         text, self.held = self.held[:sure], self.held[sure:]
         return text
 

@@ -6,6 +6,7 @@ $ python sample.py --checkpoint=out/quickstart --num_samples=3 --max_new_tokens=
 $ python sample.py --start=FILE:prompt.txt --temperature=0         # greedy; --start=- reads standard input
 $ python sample.py --interactive                                   # a prompt at a time
 """
+import os
 import signal
 import sys
 import time
@@ -38,7 +39,8 @@ configure(globals(), dict(num_samples=(1,), max_new_tokens=(1,), temperature=(0,
 AT_ONCE = 32  # texts in a batch: its cache stays under 3 GB for GPT-2 small
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us quietly
-for stream in (sys.stdin, sys.stdout):
+sys.stderr = sys.stderr or open(os.devnull, 'w', encoding='utf-8')  # closed by 2>&-
+for stream in filter(None, (sys.stdin, sys.stdout)):
     stream.reconfigure(encoding='utf-8', errors='surrogateescape')  # a prompt may hold any bytes
 keep_freed_memory()
 device = pick_device(device)
@@ -59,8 +61,10 @@ def write(prompt):
     ids = tokenizer.encode(prompt, special_tokens=True) or [tokenizer.start]
     if len(ids) > window:
         print(f'the prompt has {len(ids):,} tokens and the model looks back {window:,}: it sees the end', file=sys.stderr)
-    began, first, tokens, later = time.perf_counter(), 0.0, 0, 0
+    began, first, tokens, stopped = time.perf_counter(), 0.0, 0, False
     for i in range(0, num_samples, AT_ONCE):
+        if stopped:
+            break
         count = min(num_samples - i, AT_ONCE)
         streams, texts = [TextStream(tokenizer, stop) for _ in range(count)], [[] for _ in range(count)]
         print('\n---------------\n' * (i > 0) + prompt, end='', flush=True)
@@ -76,6 +80,7 @@ def write(prompt):
                 if all(stream.ended for stream in streams):
                     break
         except KeyboardInterrupt:  # only where interactive
+            stopped = True
             print(' (stopped)', file=sys.stderr)
         steps.close()
         print(streams[0].rest(), end='')
@@ -106,6 +111,8 @@ if interactive:
         except (EOFError, KeyboardInterrupt) as leaving:
             print(file=sys.stderr)
             sys.exit(130 if isinstance(leaving, KeyboardInterrupt) else 0)
+elif start == 'FILE:':
+    fail('--start=FILE: names no file; --start=FILE:prompt.txt does', 2)
 elif start == '-' or start.startswith('FILE:'):
     write(''.join(read_text(0 if start == '-' else start[5:])))
 else:

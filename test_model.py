@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ import torch
 
 import config
 import model
-from model import (GPT, GPTConfig, HeadLoss, Muon, choose, filter_logits, find, load, orthogonalize, penalize, pick_device, read, save,
+from model import (GPT, GPTConfig, HeadLoss, Int4Linear, Int8Linear, Muon, build, choose, filter_logits, find, load, orthogonalize, penalize, pick_device, read, save,
                    split_loss)
 from prepare import CharTokenizer, GPT2Tokenizer, TextStream, check_dataset, cut_exactly, load_data, prepare
 
@@ -202,7 +203,7 @@ def test_impossible_shapes_are_refused(wrong):
 # generation -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('length, B, compile', [(1, 1, 'False'), (7, 3, 'False'), (15, 1, 'False'), (16, 3, 'False'), (40, 1, 'False'),
-                                                (7, 1, 'True')])
+                                                (7, 1, 'True'), (5, 3, 'True')])
 def test_cached_steps_equal_whole_forward_passes(gpt, monkeypatch, length, B, compile):
     """Within the window and across slides, which keep the newest half of it."""
     gpt.trained_context = 16
@@ -391,6 +392,108 @@ def test_a_write_that_fails_leaves_what_was_there(gpt, tmp_path, monkeypatch):
 def read_whole(contents, tmp_path):
     (tmp_path / 'copy.pt').write_bytes(contents)
     return read(tmp_path / 'copy.pt')
+
+
+# quantization ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def quantizer():
+    """quantize.py's functions: it is a script, so what stands before its work is run."""
+    source = open(os.path.join(HERE, 'quantize.py'), encoding='utf-8').read()
+    namespace = {'configure': lambda *rest: None}
+    exec(source[:source.index("keep_freed_memory()\npath =")].replace('from config import configure, fail\n', ''), namespace)
+    return namespace
+
+
+def layer_of(quantizer, kind, w, bias):
+    O, C = w.shape
+    layer = {'int8': Int8Linear, 'int4': Int4Linear}[kind](C, O, bias is not None)
+    layer.weight, scale = quantizer[f'to_{kind}'](w)
+    layer.scale, layer.bias = scale.float(), bias
+    return layer
+
+
+@pytest.mark.parametrize('kind, tolerance', [('int8', 0.01), ('int4', 0.10)])
+@pytest.mark.parametrize('O, C', [(96, 64), (65, 33), (7, 100), (1, 1), (2304, 768)])
+@pytest.mark.parametrize('rows', [1, 3, 40])
+def test_a_quantized_layer_is_near_the_float_one(quantizer, kind, tolerance, O, C, rows):
+    torch.manual_seed(0)
+    w, bias, x = torch.randn(O, C), torch.randn(O), torch.randn(2, rows, C)
+    layer = layer_of(quantizer, kind, w, bias)
+    table = layer.rows(torch.arange(O))
+    assert (table - w).square().mean().sqrt() < tolerance * w.square().mean().sqrt() + (1e-3 if kind == 'int4' else 0)
+    exact = x @ table.t() + bias
+    wrong = lambda y: ((y - exact).square().mean() / exact.square().mean()).sqrt()  # noqa: E731
+    assert wrong(layer(x)) < 0.02  # activations in int8, or bfloat16
+    if kind == 'int4':
+        layer.pack()
+        assert wrong(layer(x)) < 0.02 and layer(x[:, :1]).shape == (2, 1, O)
+    assert layer(torch.zeros(1, 1, C)).isfinite().all() and layer_of(quantizer, kind, 0 * w, None)(x).abs().max() == 0
+
+
+def test_int8_is_as_near_as_torchs_own(quantizer):
+    torch.manual_seed(0)
+    plain, x = torch.nn.Linear(256, 300), torch.randn(50, 256)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='torch.ao.quantization is deprecated', category=DeprecationWarning)
+        warnings.filterwarnings('ignore', message='torch.quantize_per_tensor')
+        reference = getattr(torch.ao.quantization, 'quantize_dynamic', None)
+        if reference is None:
+            return  # torch has removed it, as announced
+        theirs = reference(torch.nn.Sequential(plain), {torch.nn.Linear}, dtype=torch.qint8)(x)
+    with torch.no_grad():
+        ours, exact = layer_of(quantizer, 'int8', plain.weight, plain.bias)(x), plain(x)
+    assert (ours - exact).square().mean() <= (theirs - exact).square().mean()
+
+
+@pytest.mark.parametrize('kind, tolerance', [('int8', 0.02), ('int4', 0.2)])
+@pytest.mark.parametrize('shape', [dict(SMALL, n_embd=128), dict(SMALL, bias=False), dict(SMALL, vocab_size=65, n_embd=36)], ids=str)
+def test_a_quantized_model_is_near_the_float_one(quantizer, tmp_path, kind, tolerance, shape):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**shape)).eval()
+    idx = torch.randint(65, (3, 40))
+    with torch.no_grad():
+        exact = gpt(idx)
+    weights = dict(gpt.state_dict())
+    weights['wte.weight'] = weights['wte.weight'][:shape['vocab_size']]
+    quantizer['convert'](weights, kind)
+    assert all(w.dtype in (torch.int8, torch.uint8, torch.float16) for w in weights.values())
+    model = build({'config': dict(shape, quantized=kind), 'trained_context': 64, 'model': weights})
+    with torch.no_grad():
+        assert ((model(idx) - exact).square().mean() / exact.square().mean()).sqrt() < tolerance
+    assert model.num_params() == gpt.num_params()
+    assert len(list(model.generate(idx, 70, num_samples=2))) == 70
+
+
+def test_quantize_as_a_user_runs_it(folder):
+    for kind in ('int8', 'int4', 'bfloat16', 'float32'):
+        process = run('quantize.py', '--checkpoint=out/tiny', f'--dtype={kind}', '--sidecars', cwd=folder)
+        assert process.returncode == 0, process.stderr
+        for words in ('size, MB', 'loss', 'tokens/s, one text', 'tokens/s, eight', 'load, s', 'data/tiny, validation', f'model_{kind}.pt'):
+            assert words in process.stdout, process.stdout
+        model, meta = load(folder / f'out/tiny/model_{kind}.pt')
+        assert meta['step'] == 20 and 'quantize.py' in meta['made_by'] and meta['trained_context'] == 16
+        assert run('sample.py', f'--checkpoint=out/tiny/model_{kind}.pt', '--start=cat', '--max_new_tokens=5', cwd=folder).returncode == 0
+    assert json.loads((folder / 'out/tiny/config.json').read_text())['n_embd'] == 16
+    assert json.loads((folder / 'out/tiny/meta.json').read_text(encoding='utf-8'))['tokenizer']['name'] == 'char'
+    one_line(run('quantize.py', '--checkpoint=out/tiny/model_int8.pt', cwd=folder), 1, 'int8 already')
+    one_line(run('quantize.py', '--checkpoint=out/tiny', '--dtype=int7', cwd=folder), 2, 'int8, int4')
+    one_line(run('quantize.py', '--checkpoint=none', cwd=folder), 1, 'none')
+    one_line(run('train.py', *TINY_RUN, '--init_from=out/tiny/model_int8.pt', '--out_dir=out/no', cwd=folder), 1, 'cannot be trained')
+
+
+def test_a_result_that_lost_too_much_is_not_written(folder):
+    args = [*TINY_RUN, '--out_dir=out/lossy', '--max_iters=300', '--learning_rate=1e-2', '--eval_interval=0']
+    assert run('train.py', *args, cwd=folder).returncode == 0
+    contents = read(folder / 'out/lossy/model.pt')
+    for norm, matrix in (('ln_1', 'attn.c_attn'), ('ln_2', 'mlp.c_fc')):  # the same function, but one weight takes its group's bits
+        for name in ('weight', 'bias'):
+            contents['model'][f'h.0.{norm}.{name}'][0] /= 1000
+        contents['model'][f'h.0.{matrix}.weight'][:, 0] *= 1000
+    torch.save(contents, folder / 'out/lossy/model.pt')
+    process = run('quantize.py', '--checkpoint=out/lossy/model.pt', '--dtype=int4', '--max_loss_increase=0', cwd=folder)
+    one_line(process, 1, 'int4 raises the loss', '--max_loss_increase=0', '--dtype=int8')
+    assert not (folder / 'out/lossy/model_int4.pt').exists()
 
 
 # tokens ---------------------------------------------------------------------------------------------------------------

@@ -228,6 +228,8 @@ if init_from in ('scratch', 'resume'):
         model.trained_context = max(T, checkpoint['trained_context'])
 else:
     model, parent = load(init_from, device)
+    if model.config.quantized:
+        fail(f"{parent['path']}: {model.config.quantized} weights cannot be trained; name the model that they were made from")
     if master:
         print(f"{parent['path']}: {model.num_params():,} parameters, step {parent['step']:,}", file=sys.stderr)
     for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias'):
@@ -333,7 +335,7 @@ def save_checkpoint():
         drain()
         state['seconds'] = last_seconds + time.time() - began
         if master and out_dir and saved_step != state['step']:
-            save(files['ckpt.pt'], raw_model, data_meta['tokenizer'], kind='checkpoint', step=state['step'], made_by=made_by,
+            save(files['ckpt.pt'], raw_model, data_meta['tokenizer'], kind='checkpoint', step=state['step'], dataset=dataset, made_by=made_by,
                  losses=state['losses'], settings=settings, data=data_meta, state=state, optimizers=[one.state_dict() for one in optimizers],
                  scaler=scaler.state_dict())
             saved_step = state['step']
@@ -497,7 +499,7 @@ while True:
             losses['val_loss'] = losses['train_loss'] if val_source is None else evaluate(val_source)
         better = bool(losses) and losses['val_loss'] < state['best_val']
         if better and master and out_dir:
-            save(files['best.pt'], raw_model, data_meta['tokenizer'], step=step, losses=losses, made_by=made_by)
+            save(files['best.pt'], raw_model, data_meta['tokenizer'], step=step, losses=losses, dataset=dataset, made_by=made_by)
         with lock:
             state['seconds'] = last_seconds + time.time() - began
             loss, (lr, _) = state['loss_sum'] / state['loss_count'], rate(step - 1)
@@ -586,7 +588,8 @@ for name, tokens in (('validation', val_tokens), ('train', train_tokens)):
         if not final_eval_tokens and len(tokens) > 100:
             recitals[name] = recited(raw_model, tokens)
 if out_dir:
-    save(files['model.pt'], raw_model, data_meta['tokenizer'], step=state['step'], losses=final, made_by=made_by)
+    save(files['model.pt'], raw_model, data_meta['tokenizer'], step=state['step'], losses=final, dataset=dataset,
+         made_by=made_by)
 
 print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {state['tokens'] / max(state['seconds'], 1e-9):,.0f} tokens/s")
 if state['step']:
