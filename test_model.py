@@ -466,20 +466,21 @@ def test_a_quantized_model_is_near_the_float_one(quantizer, tmp_path, kind, tole
 
 
 def test_quantize_as_a_user_runs_it(folder):
+    shutil.copytree(folder / 'out/tiny', folder / 'out/small')
     for kind in ('int8', 'int4', 'bfloat16', 'float32'):
-        process = run('quantize.py', '--checkpoint=out/tiny', f'--dtype={kind}', '--sidecars', cwd=folder)
+        process = run('quantize.py', '--checkpoint=out/small', f'--dtype={kind}', '--sidecars', cwd=folder)
         assert process.returncode == 0, process.stderr
         for words in ('size, MB', 'loss', 'tokens/s, one text', 'tokens/s, eight', 'load, s', 'data/tiny, validation', f'model_{kind}.pt'):
             assert words in process.stdout, process.stdout
-        model, meta = load(folder / f'out/tiny/model_{kind}.pt')
+        model, meta = load(folder / f'out/small/model_{kind}.pt')
         assert meta['step'] == 20 and 'quantize.py' in meta['made_by'] and meta['trained_context'] == 16
-        assert run('sample.py', f'--checkpoint=out/tiny/model_{kind}.pt', '--start=cat', '--max_new_tokens=5', cwd=folder).returncode == 0
-    assert json.loads((folder / 'out/tiny/config.json').read_text())['n_embd'] == 16
-    assert json.loads((folder / 'out/tiny/meta.json').read_text(encoding='utf-8'))['tokenizer']['name'] == 'char'
-    one_line(run('quantize.py', '--checkpoint=out/tiny/model_int8.pt', cwd=folder), 1, 'int8 already')
-    one_line(run('quantize.py', '--checkpoint=out/tiny', '--dtype=int7', cwd=folder), 2, 'int8, int4')
+        assert run('sample.py', f'--checkpoint=out/small/model_{kind}.pt', '--start=cat', '--max_new_tokens=5', cwd=folder).returncode == 0
+    assert json.loads((folder / 'out/small/config.json').read_text())['n_embd'] == 16
+    assert json.loads((folder / 'out/small/meta.json').read_text(encoding='utf-8'))['tokenizer']['name'] == 'char'
+    one_line(run('quantize.py', '--checkpoint=out/small/model_int8.pt', cwd=folder), 1, 'int8 already')
+    one_line(run('quantize.py', '--checkpoint=out/small', '--dtype=int7', cwd=folder), 2, 'int8, int4')
     one_line(run('quantize.py', '--checkpoint=none', cwd=folder), 1, 'none')
-    one_line(run('train.py', *TINY_RUN, '--init_from=out/tiny/model_int8.pt', '--out_dir=out/no', cwd=folder), 1, 'cannot be trained')
+    one_line(run('train.py', *TINY_RUN, '--init_from=out/small/model_int8.pt', '--out_dir=out/no', cwd=folder), 1, 'cannot be trained')
 
 
 def test_a_result_that_lost_too_much_is_not_written(folder):
