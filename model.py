@@ -7,6 +7,7 @@ GPT-2: the network, its KV cache, generation, loading and saving. Reads and impo
 The network is OpenAI's (https://github.com/openai/gpt-2, src/model.py), with its names. Shapes in comments:
 B batch, T time, C channels (n_embd), nh heads, hs head size, V vocabulary, S cached positions.
 """
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -122,12 +123,16 @@ class Linear(nn.Linear):
         return product(x, self.weight, self.bias)
 
 
+# without VNNI's instructions oneDNN adds pairs of int8 products in 16 bits, where they saturate
+HAS_VNNI = HAS_ONEDNN and any(getattr(torch.cpu, f'_is_{unit}_supported', lambda: False)() for unit in ('vnni', 'avx512_vnni', 'amx_tile'))
+
+
 class Int8Linear(nn.Module):
     """A linear layer, or a table, whose weights (O, C) are int8 with a scale a row: w = q * scale.
 
-    On a CPU each row of x is made int8 too, by its greatest value, and the products are whole numbers: at GPT-2 small's
-    widths on two cores of Zen 5 a row takes 40 µs for every MB, and 512 rows half the time of float32. Elsewhere only
-    the weights are int8 (on CUDA _int_mm wants more than 16 rows).
+    On a CPU with VNNI each row of x is made int8 too, by its greatest value, and the products are whole numbers: at GPT-2
+    small's widths on two cores of Zen 5 a row takes 25 µs for every MB, and 512 rows half the time of float32. Elsewhere
+    only the weights are int8 (on CUDA _int_mm wants more than 16 rows).
     """
     def __init__(self, C, O, bias=True):
         super().__init__()
@@ -140,14 +145,13 @@ class Int8Linear(nn.Module):
         return self.weight[idx] * self.scale[idx][..., None]
 
     def forward(self, x):
-        if x.device.type != 'cpu':
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
-        else:
-            rows = x.reshape(-1, x.size(-1))
-            greatest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
-            q = (rows * (127 / greatest)).round_().to(torch.int8)
-            y = (torch._int_mm(q, self.weight.t()) * (greatest / 127) * self.scale).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        if x.device.type != 'cpu' or not HAS_VNNI:
+            return product(x, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
+        rows = x.reshape(-1, x.size(-1)).float()
+        greatest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
+        q = (rows * (127 / greatest)).round_().to(torch.int8)
+        y = torch._int_mm(q, self.weight.t()).float().mul_(greatest / 127).mul_(self.scale).view(*x.shape[:-1], -1)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
 
 class Int4Linear(nn.Module):
@@ -167,10 +171,14 @@ class Int4Linear(nn.Module):
         self.register_buffer('bias', torch.zeros(O) if bias else None)
         self.packed = None
 
+    @staticmethod
+    def halves(weight):
+        """The q (…, C) in bytes (…, C / 2)."""
+        return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
+
     def unpack(self, weight, scale):
         """Floats (…, C) of bytes (…, C / 2) and scales (…, groups)."""
-        q = torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)  # (…, C)
-        w = (q.to(scale.dtype) - 8).unflatten(-1, (-1, self.GROUP)) * scale[..., None]
+        w = (self.halves(weight).to(scale.dtype) - 8).unflatten(-1, (-1, self.GROUP)) * scale[..., None]
         return w.flatten(-2)[..., :self.shape[1]]
 
     def rows(self, idx):
@@ -181,8 +189,7 @@ class Int4Linear(nn.Module):
         """Bring the weights into the kernel's order, in which there is room for 16 · n rows only."""
         padding = -self.shape[0] % 16
         weight, scale = F.pad(self.weight, (0, 0, 0, padding), value=8 * 17), F.pad(self.scale, (0, 0, 0, padding))
-        self.packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(
-            torch.stack((part & 15, part >> 4), dim=-1).flatten(-2).int(), 1) for part in weight.split(4096)])
+        self.packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(self.halves(part).int(), 1) for part in weight.split(4096)])
         self.scale_and_zero = torch.stack((scale.t(), torch.zeros_like(scale.t())), dim=-1).bfloat16().contiguous()
 
     def forward(self, x):
@@ -324,8 +331,11 @@ class GPT(nn.Module):
             return self.head(x)
         if self.training and x.device.type == 'cpu' and not torch.compiler.is_compiling():
             return HeadLoss.apply(x.flatten(0, 1), self.wte.weight, targets.flatten())
-        logits = F.linear(x, self.wte.weight) if self.training else self.head(x)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.flatten())
+        if self.training:
+            return F.cross_entropy(F.linear(x, self.wte.weight).flatten(0, 1), targets.flatten())
+        rows = max(2**25 // self.config.vocab_size, 1)  # logits of a batch of windows would take gigabytes
+        parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
+        return sum(F.cross_entropy(self.head(x), y, reduction='sum') for x, y in parts) / targets.numel()
 
     def hidden(self, idx, cache=None, start=0):
         """The last layer's states (B, T, C). With a cache, idx are positions start… of texts whose past it holds."""
@@ -735,18 +745,23 @@ def peak_memory(device):
 
 # files ----------------------------------------------------------------------------------------------------------------
 
-def write_atomically(path, contents):
-    """torch.save `contents` so that a kill at any instant leaves the old file or the new one, on disk."""
+@contextlib.contextmanager
+def replacing(path):
+    """An open binary file that becomes `path` when all is written: a kill at any instant leaves the old file or the new one,
+    on disk, and a failure the old one and nothing else.
+    """
     temporary = f'{path}.tmp'
     try:
         with open(temporary, 'wb') as f:
-            torch.save(contents, f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch's zip writer
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if not isinstance(error, (OSError, RuntimeError)):  # a full disk is a RuntimeError to torch's zip writer
+            raise
         reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
         raise OSError(f'{path} could not be written ({reason}); what was there is as it was') from None
     if os.name == 'posix':  # the rename itself reaches the disk with the folder
@@ -755,12 +770,20 @@ def write_atomically(path, contents):
         os.close(folder)
 
 
+def write_atomically(path, contents):
+    """torch.save `contents` to `path`; see replacing()."""
+    with replacing(path) as f:
+        torch.save(contents, f)
+
+
 def save(path, model, tokenizer, kind='model', **facts):
     """Write a model file: plain tensors, numbers, strings, lists and dicts, padding rows cut off unless kind='checkpoint'.
 
     `tokenizer` is the tokenizer's meta. `facts` (step, losses, made_by, …) come back in load()'s meta. Pass the
     uncompiled model: a compiled one prefixes its names with _orig_mod.
     """
+    if model.config.quantized:
+        raise ValueError('a quantized model is not saved again: copy its file')
     weights = dict(model.state_dict())
     if kind != 'checkpoint':
         weights['wte.weight'] = weights['wte.weight'][:model.config.vocab_size].clone()
@@ -837,8 +860,9 @@ def build(contents, device='cpu'):
         rows = table.mean(0, keepdim=True).expand(config.padded_vocab_size - len(table), -1)
         weights['wte.weight'] = torch.cat((table, rows))
     model.load_state_dict(weights, assign=True)
+    weights.clear()  # or what the next lines replace would stay in memory
     model.float().to(device)  # 16 bits are for the file alone
-    if device == 'cpu':
+    if torch.device(device).type == 'cpu':
         for module in model.modules():
             if isinstance(module, Int4Linear):
                 module.pack()
