@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 import warnings
 
 import numpy as np
@@ -1043,3 +1044,120 @@ def test_bins_of_nanogpt_train(folder):
                   '--max_iters=2', cwd=folder)
     assert process.returncode == 0 and 'the training split stands in' in process.stdout, process.stderr
     assert load(folder / 'out/nano')[1]['tokenizer'] == {'name': 'gpt2', 'vocab_size': 50257}
+
+
+# the page -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def page(folder):
+    """A running app.py on the tiny model: its address."""
+    pytest.importorskip('gradio_client', reason='pip install gradio')
+    shutil.copytree(folder / 'out/tiny', folder / 'served')
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, 'app.py'), '--checkpoint=served', '--port=7890', '--max_prompt=500', '--queue_size=4'],
+                               cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if 'http://' in line:
+            break
+    else:
+        raise AssertionError('app.py did not start')
+    yield line.split()[-1]
+    process.terminate()
+    rest = process.communicate(timeout=30)[0]
+    assert process.returncode == 143 and 'Traceback' not in rest, rest
+
+
+def test_the_api_streams_and_refuses(page, folder):
+    from gradio_client import Client
+    client = Client(page, verbose=False)
+    updates = list(client.submit('The cat', 200, seed=3, num_samples=2, api_name='/generate'))
+    texts = updates[-1]
+    assert len(texts) == 2 and all(text.startswith('The cat') for text in texts) and len(updates) > 1
+    assert all(new.startswith(old) for old, new in zip(updates[0], texts)) and len(texts[0]) == 7 + 200
+    assert client.predict('The cat', 200, seed=3, num_samples=2, api_name='/generate') == texts
+    sampled = run('sample.py', '--checkpoint=served', '--start=The cat', '--max_new_tokens=200', '--seed=3', '--num_samples=2', cwd=folder)
+    assert sampled.stdout == '\n---------------\n'.join(texts) + '\n'
+    assert len(client.predict('The cat', 10**9, api_name='/generate')[0]) == 7 + 200  # capped
+    for wrong, words in ((dict(prompt=None), 'must be a text'), (dict(prompt='x' * 501), '500 is the most'), (dict(prompt='The', max_new_tokens='many'), 'New tokens'),
+                         (dict(prompt='The', top_p=[1]), 'Top-p'), (dict(prompt='The', seed='/etc/passwd'), 'Seed'), (dict(prompt='@'), 'not in the char vocabulary')):
+        with pytest.raises(Exception, match=words):
+            client.predict(**wrong, api_name='/generate')
+
+
+def test_nothing_but_the_page_is_served(page):
+    for path in ('input.txt', 'served/model.pt', 'data/tiny/train.bin', '/etc/passwd', os.path.join(HERE, 'app.py')):
+        for route in ('gradio_api/file=', 'file=', 'static/', 'gradio_api/proxy='):
+            try:
+                answer = urllib.request.urlopen(page.rstrip('/') + '/' + route + path)
+            except OSError as error:  # urllib's HTTPError is one
+                assert error.code >= 400
+            else:
+                assert b'<html' in answer.read(1000).lower()
+
+
+def test_many_clients_get_their_own_text_or_a_refusal(page):
+    from gradio_client import Client
+    clients = [Client(page, verbose=False) for _ in range(10)]
+    prompts = [letter * 3 for letter in 'Thecatsonm']
+    jobs = [client.submit(prompt, 200, api_name='/generate') for client, prompt in zip(clients, prompts)]
+    served = 0
+    for job, prompt in zip(jobs, prompts):
+        try:
+            text = job.result(timeout=60)[0]
+            served += 1
+            assert text.startswith(prompt) and len(text) == 203
+        except Exception as error:
+            assert 'queue' in str(error).lower(), error
+    assert served >= 4
+
+
+def test_the_page_in_a_browser(page, folder):
+    playwright = pytest.importorskip('playwright.sync_api', reason='pip install playwright')
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not chromium:
+        pytest.skip('no Chromium on this machine')
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        view = browser.new_page(viewport={'width': 1280, 'height': 900})
+        errors, requests = [], []
+        view.on('console', lambda message: errors.append(message.text) if message.type == 'error' else None)
+        view.on('pageerror', lambda error: errors.append(str(error)))
+        view.on('request', lambda request: requests.append(request.url))
+        view.goto(page)
+        view.wait_for_function("document.querySelector('#about')?.innerText.includes('parameters')")
+        view.get_by_role('button', name='Once upon a time').click()
+        view.wait_for_function("document.querySelector('#prompt textarea').value == 'Once upon a time'")
+        view.fill('#prompt textarea', 'The mat')
+        view.locator('#prompt textarea').press('Control+Enter')
+        view.wait_for_function("document.querySelector('#status').innerText.includes('all tokens written')")
+        view.wait_for_function("document.querySelector('#status').innerText.includes('word for word')")
+        assert view.locator('.text pre').count() == 1 and view.inner_text('.text .prompt') == 'The mat'
+        assert len(view.locator('.text pre').text_content()) == 7 + 100
+        (folder / 'served/model_copy.pt').write_bytes((folder / 'served/model.pt').read_bytes())  # a new file turns up by itself
+        view.wait_for_timeout(4000)
+        view.locator('#model input').click()
+        view.get_by_role('option', name='model_copy').click()
+        view.click('#generate')
+        view.wait_for_function("document.querySelector('#status').innerText.includes('writing')")
+        view.click('#stop')
+        view.wait_for_timeout(1000)
+        for width in (1280, 400):
+            view.set_viewport_size({'width': width, 'height': 800})
+            assert view.evaluate('document.documentElement.scrollWidth') <= width  # no sideways scrolling
+        view.get_by_role('tab', name='Training').click()
+        view.wait_for_selector('canvas, svg.marks')
+        assert not errors, errors
+        assert all(url.startswith((page, 'data:', 'blob:')) for url in requests), requests
+        browser.close()
+
+
+def test_a_page_without_a_model_waits_for_one(tmp_path):
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, 'app.py'), '--port=7890', '--checkpoint=' + str(tmp_path / 'out')], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    from gradio_client import Client
+    for line in process.stdout:  # port 7890 may be taken by the other page: the next is said
+        if 'http://' in line:
+            break
+    with pytest.raises(Exception, match='config/quickstart.py'):
+        Client(line.split()[-1], verbose=False).predict('Hello', api_name='/generate')
+    process.terminate()
+    assert process.wait(30) == 143
