@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from config import configure, fail
-from model import GPT, GPTConfig, device_name, find, keep_freed_memory, load, pick_device, pick_dtype, read
+from model import GPT, GPTConfig, device_name, find, keep_freed_memory, load, local, pick_device, pick_dtype, read
 from prepare import TextStream, get_tokenizer
 
-checkpoint = ''      # a model file or a folder of them; empty = $FOLIO_CHECKPOINT, else out
+checkpoint = ''      # a model file, a folder of them or a Hub repository's id; empty = $FOLIO_CHECKPOINT, else out
 host = ''            # address to listen at; empty = Gradio's own: $GRADIO_SERVER_NAME, else 127.0.0.1
 port = 7860          # where it is taken, the next free one
 share = False        # a public link through Gradio's servers, for a week
@@ -39,7 +39,7 @@ device = pick_device(device)
 os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1')
 import gradio as gr  # noqa: E402  (after what it reads)
 
-checkpoint = checkpoint or os.environ.get('FOLIO_CHECKPOINT') or 'out'
+checkpoint = local(checkpoint or os.environ.get('FOLIO_CHECKPOINT') or 'out')
 EXAMPLES = ['To be, or not to be,', "All the world's a stage,", 'Hello, my name is', 'Once upon a time',
             'We are accounted poor citizens, the', 'Elizabeth']
 NO_MODEL = 'There is no model yet. <code>python train.py config/quickstart.py</code> makes one in seconds, and this page takes it up.'

@@ -815,10 +815,25 @@ def read(path, check=True, kind=''):
     return contents
 
 
+def local(path):
+    """`path`, or where that is not here but reads like a Hub repository's id, owner/name, the folder of its model files."""
+    owner = os.path.dirname(path)
+    if os.path.exists(path) or not owner or os.path.dirname(owner) or os.path.isdir(owner):
+        return path
+    try:
+        from huggingface_hub import snapshot_download  # Gradio brings it
+        return snapshot_download(path, allow_patterns=['*.pt'])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise FileNotFoundError(f'{path}: no such file or folder here, and not to be had from the Hub ({reason})') from None
+
+
 def find(path):
     """The model file that `path` means: itself, or of a folder model.pt or ckpt.pt, whichever has more steps, or, where
-    it has neither, the newest run's in its subfolders. Raises FileNotFoundError where there is none.
+    it has neither, the newest run's in its subfolders; see local() for a Hub repository. Raises FileNotFoundError where
+    there is none.
     """
+    path = local(os.fspath(path))
     if not os.path.isdir(path):
         if os.path.exists(path):
             return path

@@ -355,6 +355,17 @@ def test_find_takes_most_steps_then_the_newest_run(gpt, tmp_path):
     assert find(model) == model
 
 
+def test_a_hub_id_is_its_model_files(gpt, tmp_path, monkeypatch):
+    hub = pytest.importorskip('huggingface_hub', reason='pip install gradio')
+    save(tmp_path / 'model.pt', gpt, {}, step=7)
+    monkeypatch.setattr(hub, 'snapshot_download', lambda repo, allow_patterns: {'someone/folio': str(tmp_path)}[repo])
+    assert load('someone/folio')[1]['step'] == 7
+    with pytest.raises(FileNotFoundError, match='someone/else: no such file or folder here, and not to be had from the Hub'):
+        find('someone/else')
+    with pytest.raises(FileNotFoundError, match='no such model file'):
+        find(str(tmp_path / 'none'))  # no id
+
+
 def test_damaged_files_are_refused(gpt, tmp_path):
     path = tmp_path / 'model.pt'
     save(path, gpt, {}, step=1)
