@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -1092,6 +1093,23 @@ def test_the_api_streams_and_refuses(page, folder):
                          (dict(prompt='The', top_p=[1]), 'Top-p'), (dict(prompt='The', seed='/etc/passwd'), 'Seed'), (dict(prompt='@'), 'not in the char vocabulary')):
         with pytest.raises(Exception, match=words):
             client.predict(**wrong, api_name='/generate')
+
+
+def test_recited_spans_are_marked(folder, monkeypatch):
+    pytest.importorskip('gradio', reason='pip install gradio')
+    monkeypatch.setattr(sys, 'argv', ['app.py', '--checkpoint=out/tiny'])
+    monkeypatch.chdir(folder)
+    app = runpy.run_path(os.path.join(HERE, 'app.py'))
+    meta = load('out/tiny')[1]
+    tokenizer = CharTokenizer(meta['tokenizer']['characters'])
+    known = 'on the mat; é 日本 🎭.\nThe cat sat'  # 31 characters of the corpus, over a line's end
+    ids = tokenizer.encode('mmm' + known + 'mm')
+    found = app['recited'](ids, meta)
+    assert found.tolist() == [False] * 3 + [True] * len(known) + [False] * 2
+    assert app['highlighted'](ids, 3, tokenizer, found) == f'<mark>{known}</mark>mm'
+    assert not app['recited'](ids[:20], meta).any() and app['recited'](ids, {**meta, 'dataset': 'none'}) is None
+    escaped = app['panels']({'prompt': '<b>'}, ['ok'])
+    assert '<b>' not in escaped and '&lt;b&gt;' in escaped
 
 
 def test_nothing_but_the_page_is_served(page):
