@@ -244,7 +244,7 @@ def said(f):
         try:
             yield from f(*args, **kwargs)
         except (ValueError, OSError) as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
         except Exception as error:
             print(f'app.py: {type(error).__name__}: {error}', flush=True)
             raise gr.Error('Something went wrong here. Please try again, with fewer or shorter texts.', print_exception=False) from None
