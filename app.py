@@ -7,7 +7,6 @@ $ python app.py --checkpoint=out/model_int8.pt --host=0.0.0.0 --auth=name:passwo
 import concurrent.futures
 import functools
 import html
-import math
 import os
 import queue
 import random
@@ -18,7 +17,7 @@ import time
 import numpy as np
 import torch
 
-from config import configure, fail
+from config import configure, fail, given
 from model import GPT, GPTConfig, device_name, find, keep_freed_memory, load, local, pick_device, pick_dtype, read
 from prepare import TextStream, get_tokenizer
 
@@ -31,8 +30,12 @@ max_tokens = 200     # new tokens that one may ask for
 max_prompt = 10_000  # characters that a prompt may have
 at_once = 1          # visitors that generate at the same time; more share the cores
 queue_size = 32      # visitors that wait; one more is told to come back
+max_seconds = 120    # that a visitor's texts may take
 device = 'auto'      # auto, cpu, cuda, cuda:1, mps
-configure(globals(), dict(port=(1, 65535), max_tokens=(1,), max_prompt=(1,), at_once=(1,), queue_size=(1,), device=pick_device))
+configure(globals(), dict(port=(1, 65535), max_tokens=(1,), max_prompt=(1,), at_once=(1,), queue_size=(1,), max_seconds=(1,), device=pick_device))
+auth = auth or os.environ.get('FOLIO_AUTH', '')
+if auth and not all(auth.partition(':')):
+    fail('--auth: write name:password', 2)
 
 keep_freed_memory()
 device = pick_device(device)
@@ -44,24 +47,31 @@ EXAMPLES = ['To be, or not to be,', "All the world's a stage,", 'Hello, my name 
             'We are accounted poor citizens, the', 'Elizabeth']
 NO_MODEL = 'There is no model yet. <code>python train.py config/quickstart.py</code> makes one in seconds, and this page takes it up.'
 TEXTS = 4  # at most, for a visitor
-loading = threading.Lock()
+loading, ending = threading.Lock(), threading.Event()
 workers = concurrent.futures.ThreadPoolExecutor(at_once)
 
 
 # the models -----------------------------------------------------------------------------------------------------------
 
+def run_folders():
+    """The folder of checkpoints and those one below it, as each run has its own; empty where there is none."""
+    if not os.path.isdir(checkpoint):
+        return []
+    return [checkpoint, *(entry.path for entry in os.scandir(checkpoint) if entry.is_dir())]
+
+
 def model_files():
     """Paths of the model files to choose among, the one that load() would take first."""
+    if os.path.isfile(checkpoint):
+        return [checkpoint]
+    paths = [os.path.join(folder, name) for folder in run_folders() for name in os.listdir(folder)
+             if name.startswith(('model', 'best')) and name.endswith('.pt')]
+    paths.sort(key=os.path.getmtime, reverse=True)
     try:
-        first = find(checkpoint)
-    except OSError:
-        first = ''
-    folder = os.path.dirname(first) if first else checkpoint
-    if os.path.isfile(checkpoint) or not os.path.isdir(folder):
-        return [first] if first else []
-    others = sorted(name for name in os.listdir(folder) if name.startswith(('model', 'best')) and name.endswith('.pt'))
-    paths = [os.path.join(folder, name) for name in others]
-    return ([first] if first else []) + [path for path in paths if path != first]
+        first = [find(checkpoint)]
+    except (OSError, ValueError):
+        first = []
+    return first + [path for path in paths if path not in first]
 
 
 @functools.lru_cache(maxsize=3)
@@ -124,9 +134,10 @@ def recited(ids, meta):
     n is 8 tokens, or 30 characters, about as much.
     """
     path, n = f"data/{meta.get('dataset', '')}/train.bin", 8 if meta['tokenizer']['name'] == 'gpt2' else 30
-    if not meta.get('dataset') or not os.path.exists(path) or os.path.getsize(path) > 2**31:
-        return None
-    known, found = training_grams(path, os.path.getmtime(path), n), np.zeros(len(ids), dtype=bool)
+    if not meta.get('dataset') or not os.path.exists(path) or not 2 * n <= os.path.getsize(path) <= 2**29:
+        return None  # a hash is four times as long as its token
+    with loading:
+        known, found = training_grams(path, os.path.getmtime(path), n), np.zeros(len(ids), dtype=bool)
     if len(ids) >= n and len(known):
         own = grams(ids, n)
         for i in np.flatnonzero(known[np.searchsorted(known, own).clip(max=len(known) - 1)] == own):
@@ -147,8 +158,8 @@ def highlighted(ids, begin, tokenizer, found):
 
 def number(name, value, least, greatest, whole=False):
     """A visitor's number, brought within its limits. Raises ValueError with a sentence for what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f'{name} must be a number from {least:g} to {greatest:g}.')
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise ValueError(f'{name} must be a number from {least:,} to {greatest:,}.')
     value = min(max(value, least), greatest)
     return int(value) if whole else float(value)
 
@@ -162,7 +173,8 @@ def write(path, prompt, max_new_tokens, temperature, top_k, top_p, repetition_pe
         raise ValueError('The prompt must be a text.')
     if len(prompt) > max_prompt:
         raise ValueError(f'The prompt has {len(prompt):,} characters; {max_prompt:,} is the most. Please shorten it.')
-    if isinstance(seed, str) and seed.strip().isdecimal() and len(seed) < 20:
+    seed = seed.strip() if isinstance(seed, str) else seed
+    if isinstance(seed, str) and seed.isdecimal() and len(seed) < 20:
         seed = int(seed)
     if seed is None or seed == '':
         seed = random.randrange(2**31)
@@ -182,7 +194,8 @@ def write(path, prompt, max_new_tokens, temperature, top_k, top_p, repetition_pe
         def report(ended='writing'):
             ended = [stream.ended or ended for stream in streams]
             return dict(state, texts=list(written), ended=ended, tokens=tokens, seconds=time.perf_counter() - began)
-        steps = model.generate(torch.tensor([ids]), num_samples=texts, **settings)
+        # a compile would be half a minute of silence; a CUDA graph is quick
+        steps = model.generate(torch.tensor([ids]), num_samples=texts, compile='False' if device == 'cpu' else 'auto', **settings)
         try:
             for step in steps:
                 for i, (stream, id) in enumerate(zip(streams, step.tolist())):
@@ -195,12 +208,18 @@ def write(path, prompt, max_new_tokens, temperature, top_k, top_p, repetition_pe
                 if tokens == texts or time.perf_counter() - shown > 0.08:
                     shown = time.perf_counter()
                     yield report()
+                if time.perf_counter() - began > max_seconds:
+                    yield report('the time is up')
+                    return
             written = [text + stream.rest() for text, stream in zip(written, streams)]
             yield report('all tokens written')
             return
         except RuntimeError as error:
-            if texts == 1 or 'memory' not in str(error):
+            if 'memory' not in str(error):
                 raise
+            if texts == 1:
+                yield report('out of memory')
+                return
             texts //= 2  # out of memory: again with fewer
         finally:
             steps.close()
@@ -217,7 +236,7 @@ def on_worker(items):
     def work():
         try:
             for item in items:
-                if closed.is_set():
+                if closed.is_set() or ending.is_set():
                     break
                 results.put((item, None))
             items.close()
@@ -237,14 +256,14 @@ def on_worker(items):
         closed.set()
 
 
-def said(f):
-    """f, a generator, with what it refuses, and what goes wrong, told to the visitor in a sentence."""
+def said(f, escape=str):
+    """f, a generator, with what it refuses, and what goes wrong, told to the visitor in a sentence; the page's is HTML."""
     @functools.wraps(f)
     def wrapped(*args, **kwargs):
         try:
             yield from f(*args, **kwargs)
         except (ValueError, OSError) as error:
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
+            raise gr.Error(escape(str(error)), print_exception=False) from None
         except Exception as error:
             print(f'app.py: {type(error).__name__}: {error}', flush=True)
             raise gr.Error('Something went wrong here. Please try again, with fewer or shorter texts.', print_exception=False) from None
@@ -259,7 +278,7 @@ def generate(prompt: str, max_new_tokens: int = 100, temperature: float = 1.0, t
         yield state['texts']
 
 
-@said
+@functools.partial(said, escape=html.escape)
 def show(path, *settings):
     """The page's own: HTML of the panels, and of a line below."""
     for state in on_worker(write(path, *settings)):
@@ -278,7 +297,8 @@ def show(path, *settings):
 
 
 def panels(state, texts):
-    copy = "navigator.clipboard.writeText(this.parentNode.querySelector('pre').textContent); this.textContent = 'Copied'"
+    copy = ("const text = this.parentNode.querySelector('pre'); navigator.clipboard ? navigator.clipboard.writeText(text.textContent) : "
+            "(getSelection().selectAllChildren(text), document.execCommand('copy')); this.textContent = 'Copied'")
     return ''.join(f'<div class="text"><button onclick="{copy}">Copy</button>'
                    f'<pre><span class="prompt">{html.escape(state["prompt"])}</span>{text}</pre></div>' for text in texts)
 
@@ -292,11 +312,8 @@ def status(state):
 # the training curve ---------------------------------------------------------------------------------------------------
 
 def newest_log():
-    """The path of the log.csv that was written to last, in the checkpoints' folder or one below it; '' where there is none."""
-    if not os.path.isdir(checkpoint):
-        return ''
-    folders = [checkpoint, *(entry.path for entry in os.scandir(checkpoint) if entry.is_dir())]
-    paths = [path for path in (os.path.join(folder, 'log.csv') for folder in folders) if os.path.exists(path)]
+    """The path of the log.csv that was written to last; '' where there is none."""
+    paths = [path for path in (os.path.join(folder, 'log.csv') for folder in run_folders()) if os.path.exists(path)]
     return max(paths, key=os.path.getmtime, default='')
 
 
@@ -304,8 +321,9 @@ def curve(path):
     """Tables of the losses and of the learning rate by step, from a log.csv, and a line about it."""
     import pandas
     log = pandas.read_csv(path, usecols=['step', 'loss', 'lr', 'train_loss', 'val_loss'])
-    log = log.iloc[::max(len(log) // 1000, 1)]
-    run = os.path.join(os.path.dirname(path), 'ckpt.pt')
+    thinned = log.val_loss.notna() | (np.arange(len(log)) % max(len(log) // 1000, 1) == 0)
+    thinned.iloc[-1] = True
+    log, run = log[thinned], os.path.join(os.path.dirname(path), 'ckpt.pt')
     threshold = read(run, check=False).get('settings', {}).get('loss_threshold', 0) if os.path.exists(run) else 0
     log = log.rename(columns={'loss': 'batches', 'train_loss': 'train', 'val_loss': 'validation'}).assign(threshold=threshold or None)
     losses = log.melt('step', ['batches', 'train', 'validation', 'threshold'], 'curve', 'loss').dropna()
@@ -321,7 +339,10 @@ def look(choice, known):
     if not known or here[0] != known[0] or path != choice:
         new[:2] = gr.update(choices=paths, value=path), describe(path)
     if not known or here[1] != known[1]:
-        new[2:] = curve(log) if log else (None, None, 'No <code>log.csv</code> here: a training in this folder shows its curve.')
+        try:
+            new[2:] = curve(log) if log else (None, None, 'No <code>log.csv</code> here: a training in this folder shows its curve.')
+        except (ValueError, IndexError, KeyError, OSError):  # being written, or cut short
+            new[2:] = None, None, f'{html.escape(log)} holds no steps yet, or cannot be read.'
     return *new, list(here)
 
 
@@ -382,16 +403,18 @@ page.queue(max_size=queue_size)
 if __name__ == '__main__':
     if model_files():
         workers.submit(get_model, '').result()  # so that the first visitor need not wait
-    auth = auth or os.environ.get('FOLIO_AUTH', '')
-    if auth and ':' not in auth:
-        fail('--auth: write name:password', 2)
-    wanted = int(os.environ.get('GRADIO_SERVER_PORT') or port)
-    for port in range(wanted, wanted + 100):
-        with socket.socket() as probe:
-            if probe.connect_ex((host or '127.0.0.1', port)):
-                break
+    wanted = port if 'port' in given else int(os.environ.get('GRADIO_SERVER_PORT') or port)
+    for port in range(wanted, min(wanted + 100, 65536)):
+        try:
+            socket.create_connection((host or '127.0.0.1', port), 0.2).close()
+        except OSError:  # nobody there
+            break
     if port != wanted:
         print(f'port {wanted} is taken; taking {port}', flush=True)
-    page.launch(server_name=host or None, server_port=port, share=share, auth=tuple(auth.split(':', 1)) if auth else None,
-                theme=gr.themes.Soft(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']), css=CSS, head=HEAD,
-                footer_links=['api'], show_error=True, max_file_size=1, ssr_mode=False)
+    try:
+        page.launch(server_name=host or None, server_port=port, share=share, auth=tuple(auth.split(':', 1)) if auth else None,
+                    theme=gr.themes.Soft(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']), css=CSS, head=HEAD,
+                    footer_links=['api'], show_error=True, max_file_size=1, ssr_mode=False)
+    finally:
+        ending.set()  # what is still being written
+        workers.shutdown(cancel_futures=True)

@@ -1090,7 +1090,7 @@ def test_the_api_streams_and_refuses(page, folder):
     assert sampled.stdout == '\n---------------\n'.join(texts) + '\n'
     assert len(client.predict('The cat', 10**9, api_name='/generate')[0]) == 7 + 200  # capped
     for wrong, words in ((dict(prompt=None), 'must be a text'), (dict(prompt='x' * 501), '500 is the most'), (dict(prompt='The', max_new_tokens='many'), 'New tokens'),
-                         (dict(prompt='The', top_p=[1]), 'Top-p'), (dict(prompt='The', seed='/etc/passwd'), 'Seed'), (dict(prompt='@'), 'not in the char vocabulary')):
+                         (dict(prompt='The', top_p=[1]), 'Top-p'), (dict(prompt='The', seed='/etc/passwd'), 'Seed'), (dict(prompt='@'), "'@' is not in the char vocabulary")):
         with pytest.raises(Exception, match=words):
             client.predict(**wrong, api_name='/generate')
 
@@ -1107,6 +1107,15 @@ def test_recited_spans_are_marked(folder, monkeypatch):
     found = app['recited'](ids, meta)
     assert found.tolist() == [False] * 3 + [True] * len(known) + [False] * 2
     assert app['highlighted'](ids, 3, tokenizer, found) == f'<mark>{known}</mark>mm'
+    (folder / 'out/tiny/log.csv').rename(folder / 'log.csv')  # a page must live with a log that is being written
+    for text in ('', 'step,loss\n', 'no table'):
+        (folder / 'out/tiny/log.csv').write_text(text)
+        assert 'holds no steps' in app['look'](None, None)[4]
+    steps = range(1, 3001)
+    (folder / 'out/tiny/log.csv').write_text('step,loss,lr,train_loss,val_loss\n' + ''.join(f"{i},2,0.1,{'1,3' if i % 7 == 0 else ','}\n" for i in steps))
+    losses, rates, source = app['curve']('out/tiny/log.csv')
+    assert (losses.curve == 'validation').sum() == 3000 // 7 and rates.step.iloc[-1] == 3000 and len(rates) < 1500
+    (folder / 'log.csv').replace(folder / 'out/tiny/log.csv')
     assert not app['recited'](ids[:20], meta).any() and app['recited'](ids, {**meta, 'dataset': 'none'}) is None
     escaped = app['panels']({'prompt': '<b>'}, ['ok'])
     assert '<b>' not in escaped and '&lt;b&gt;' in escaped
@@ -1168,7 +1177,10 @@ def test_the_page_in_a_browser(page, folder):
         view.click('#generate')
         view.wait_for_function("document.querySelector('#status').innerText.includes('writing')")
         view.click('#stop')
-        view.wait_for_timeout(1000)
+        view.wait_for_function("document.querySelector('#status').innerText.match('stopped|written')")
+        length = view.locator('.text pre').text_content()
+        view.wait_for_timeout(500)
+        assert view.locator('.text pre').text_content() == length
         for width in (1280, 400):
             view.set_viewport_size({'width': width, 'height': 800})
             assert view.evaluate('document.documentElement.scrollWidth') <= width  # no sideways scrolling
