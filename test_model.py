@@ -1095,6 +1095,16 @@ def test_the_api_streams_and_refuses(page, folder):
             client.predict(**wrong, api_name='/generate')
 
 
+def test_a_plain_call_may_leave_values_away(page):
+    def call(data):
+        request = urllib.request.Request(page.rstrip('/') + '/gradio_api/call/generate', json.dumps({'data': data}).encode(),
+                                         {'Content-Type': 'application/json'})
+        event = json.load(urllib.request.urlopen(request))['event_id']
+        return urllib.request.urlopen(f"{page.rstrip('/')}/gradio_api/call/generate/{event}").read().decode()
+    assert 'event: complete' in call(['The']) and 'event: complete' in call(['The', 5]) and 'event: complete' in call([])
+    assert 'must be a text' in call([[1]])
+
+
 def test_recited_spans_are_marked(folder, monkeypatch):
     pytest.importorskip('gradio', reason='pip install gradio')
     monkeypatch.setattr(sys, 'argv', ['app.py', '--checkpoint=out/tiny'])
