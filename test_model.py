@@ -1065,7 +1065,8 @@ def page(folder):
     """A running app.py on the tiny model: its address."""
     pytest.importorskip('gradio_client', reason='pip install gradio')
     shutil.copytree(folder / 'out/tiny', folder / 'served')
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, 'app.py'), '--checkpoint=served', '--port=7890', '--max_prompt=500', '--queue_size=4'],
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, 'app.py'), '--checkpoint=served', '--port=7890', '--max_prompt=500', '--queue_size=4',
+                                '--max_tokens=5000'],
                                cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if 'http://' in line:
@@ -1088,7 +1089,7 @@ def test_the_api_streams_and_refuses(page, folder):
     assert client.predict('The cat', 200, seed=3, num_samples=2, api_name='/generate') == texts
     sampled = run('sample.py', '--checkpoint=served', '--start=The cat', '--max_new_tokens=200', '--seed=3', '--num_samples=2', cwd=folder)
     assert sampled.stdout == '\n---------------\n'.join(texts) + '\n'
-    assert len(client.predict('The cat', 10**9, api_name='/generate')[0]) == 7 + 200  # capped
+    assert len(client.predict('The cat', 10**9, api_name='/generate')[0]) == 7 + 5000  # capped
     for wrong, words in ((dict(prompt=None), 'must be a text'), (dict(prompt='x' * 501), '500 is the most'), (dict(prompt='The', max_new_tokens='many'), 'New tokens'),
                          (dict(prompt='The', top_p=[1]), 'Top-p'), (dict(prompt='The', seed='/etc/passwd'), 'Seed'), (dict(prompt='@'), "'@' is not in the char vocabulary")):
         with pytest.raises(Exception, match=words):
@@ -1184,13 +1185,17 @@ def test_the_page_in_a_browser(page, folder):
         view.wait_for_timeout(4000)
         view.locator('#model input').click()
         view.get_by_role('option', name='model_copy').click()
+        view.wait_for_function("document.querySelector('#model input').value.includes('model_copy')")
+        view.locator('input[type=number][aria-label*="New tokens"]').fill('5000')
+        view.locator('#prompt textarea').click()  # leaving the field takes its number
         view.click('#generate')
-        view.wait_for_function("document.querySelector('#status').innerText.includes('writing')")
+        view.wait_for_function("document.querySelector('#status').innerText.includes('writing')", polling=20)
+        view.wait_for_function("document.querySelector('.text pre').textContent.length > 200", polling=20)  # it grows
         view.click('#stop')
-        view.wait_for_function("document.querySelector('#status').innerText.match('stopped|written')")
-        length = view.locator('.text pre').text_content()
+        view.wait_for_function("document.querySelector('#status').innerText.includes('stopped')")
+        text = view.locator('.text pre').text_content()
         view.wait_for_timeout(500)
-        assert view.locator('.text pre').text_content() == length
+        assert view.locator('.text pre').text_content() == text and len(text) < 7 + 5000
         for width in (1280, 400):
             view.set_viewport_size({'width': width, 'height': 800})
             assert view.evaluate('document.documentElement.scrollWidth') <= width  # no sideways scrolling
