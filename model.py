@@ -649,6 +649,24 @@ def split_loss(model, tokens, context, max_tokens=0, on_progress=None, batch_tok
     return total / (n - 1)
 
 
+def progress(name):
+    """A callback for split_loss that says every two seconds how far it is and how long it will take."""
+    began = shown = time.time()
+
+    def show(done, total):
+        nonlocal shown
+        if time.time() - shown > 2:
+            shown = time.time()
+            print(f'  {name}: {done / total:.0%}, {duration((shown - began) * (total / done - 1))} left', file=sys.stderr)
+    return show
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours} h {minutes:02d} min' if hours else f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'
+
+
 def recited(model, tokens, length=50, texts=40):
     """Share of `texts` places, spread evenly over tokens, from which greedy decoding gives the next `length` verbatim.
 

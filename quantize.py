@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from model import Int4Linear, build, find, keep_freed_memory, load, read, replacing, split_loss, write_atomically
+from model import Int4Linear, build, find, keep_freed_memory, load, progress, read, replacing, split_loss, write_atomically
 from prepare import get_tokenizer, load_data
 
 
@@ -65,22 +65,9 @@ def convert(weights, dtype):
             raise ValueError(f'{name} has weights of up to {w.abs().max():.3g}, too large for {dtype}; take --dtype=bfloat16')
 
 
-class Progress:
-    """A callback for split_loss: every two seconds how far it is, and how long it will take."""
-
-    def __init__(self, name):
-        self.name, self.began, self.shown = name, time.time(), time.time()
-
-    def __call__(self, done, total):
-        if time.time() - self.shown > 2:
-            self.shown = time.time()
-            left = (self.shown - self.began) * (total / done - 1)
-            print(f'  {self.name}: {done / total:.0%} of {total:,} tokens, {left:.0f} s left', file=sys.stderr)
-
-
 def measure(model, name, tokens, eval_tokens, start):
     """The loss over tokens (None: unknown), and tokens/s of one text and of eight."""
-    loss = None if tokens is None else split_loss(model, tokens, model.trained_context, eval_tokens, Progress(f'loss of {name}'))
+    loss = None if tokens is None else split_loss(model, tokens, model.trained_context, eval_tokens, progress(f'loss in {name}'))
     speeds = []
     for texts in (1, 8):
         for steps in (8, 8, min(64, model.trained_context)):  # the first two are for warming up

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from config import configure, fail, given
-from model import (GPT, GPTConfig, Muon, device_name, keep_freed_memory, load, peak_flops, peak_memory, pick_device, pick_dtype,
-                   read, recited, save, split_loss)
+from model import (GPT, GPTConfig, Muon, device_name, duration, keep_freed_memory, load, peak_flops, peak_memory, pick_device,
+                   pick_dtype, progress, read, recited, save, split_loss)
 from prepare import check_dataset, find_files, get_tokenizer, load_data, prepare, sha256_of
 
 # run
@@ -422,28 +422,10 @@ def evaluate(tokens):
         return sum(torch.stack(losses).tolist()) / len(losses)
 
 
-def progress(name):
-    """A callback for split_loss that says every two seconds how far it is and how long it will take."""
-    began = shown = time.time()
-
-    def show(done, total):
-        nonlocal shown
-        if time.time() - shown > 2:
-            shown = time.time()
-            print(f'  {name} loss: {done / total:.0%}, {duration((shown - began) * (total / done - 1))} left', file=sys.stderr)
-    return show
-
-
 def print_sample():
     ids = torch.tensor([[text.start]])
     written = [step.item() for step in raw_model.generate(ids, 100, temperature=0.8, top_k=50, seed=seed)]
     print('  | ' + text.decode_bytes(written).decode('utf-8', 'replace').strip().replace('\n', '\n  | '))
-
-
-def duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours} h {minutes:02d} min' if hours else f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'
 
 
 # -- start -------------------------------------------------------------------------------------------------------------
@@ -584,7 +566,7 @@ final, recitals = {}, {}
 for name, tokens in (('validation', val_tokens), ('train', train_tokens)):
     if tokens is not None and len(tokens) > 1:
         with autocast():
-            final[name] = split_loss(raw_model, tokens, raw_model.trained_context, final_eval_tokens, progress(name))
+            final[name] = split_loss(raw_model, tokens, raw_model.trained_context, final_eval_tokens, progress(f'{name} loss'))
         if not final_eval_tokens and len(tokens) > 100:
             recitals[name] = recited(raw_model, tokens)
 if out_dir:
