@@ -11,10 +11,14 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
+import importlib.util
+import json
 import math
 import os
 import pickle
 import platform
+import re
 import sys
 import time
 import zipfile
@@ -810,18 +814,15 @@ def save(path, model, tokenizer, kind='model', **facts):
 
 
 def read(path, check=True, kind=''):
-    """A model file's contents as a dict. Raises OSError, or ValueError for what is not a whole one, or not of this kind.
+    """A model file's contents as a dict; of another project's what imported() makes of it. Raises OSError, or ValueError
+    for what is not a whole one, or not of this kind.
 
     Footgun: torch.load does not check the zip's CRCs, and a flipped bit would load silently. check=False leaves that
     out, and the tensors memory-mapped: enough to ask for the step.
     """
-    try:
-        with zipfile.ZipFile(path) as z:
-            if check and z.testzip():
-                raise zipfile.BadZipFile
-        contents = torch.load(path, map_location='cpu', mmap=not check, weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError):
-        raise ValueError(f'{path}: damaged, or no model file of folio; train again, or name another file') from None
+    contents = imported(path) if path.endswith(('.safetensors', '.json')) else read_torch(path, check)
+    if isinstance(contents, dict) and 'format_version' not in contents:
+        contents = imported(path, contents)
     if not isinstance(contents, dict) or contents.get('format_version') != FORMAT_VERSION:
         version = contents.get('format_version') if isinstance(contents, dict) else None
         raise ValueError(f'{path}: format version {version}, and this folio reads {FORMAT_VERSION}')
@@ -829,27 +830,54 @@ def read(path, check=True, kind=''):
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}, so it is no whole model file; name another")
     if kind and contents['kind'] != kind:
-        raise ValueError(f"{path}: a {contents['kind']}, where a {kind} is wanted; start over with --overwrite")
+        raise ValueError(f"{path}: a {contents['kind']}, where a {kind} of folio is wanted; name it with --init_from and "
+                         f'take another --out_dir, or start over with --overwrite')
     return contents
 
 
+def read_torch(path, check=True):
+    """What torch.save wrote, plain values alone. Raises ValueError for anything else; see read()."""
+    try:
+        zipped = zipfile.is_zipfile(path)  # before torch 1.6 it was none: GPT-2's own pytorch_model.bin
+        if zipped and check:
+            with zipfile.ZipFile(path) as z:
+                if z.testzip():
+                    raise zipfile.BadZipFile
+        return torch.load(path, map_location='cpu', mmap=zipped and not check, weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError):
+        raise ValueError(f'{path}: damaged, or no model file that folio reads; train again, or name another file') from None
+
+
+# weights in Hugging Face's format, in the order of preference; the json says which shards there are
+WEIGHTS = 'model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json'
+GPT2_NAMES = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2'
+HAS_SAFETENSORS = importlib.util.find_spec('safetensors') is not None
+
+
 def local(path):
-    """`path`, or where that is not here but reads like a Hub repository's id, owner/name, the folder of its model files."""
+    """`path`, or where that is not here but reads like a Hub repository's id, owner/name or one of GPT2_NAMES, the folder
+    of its model's files: folio's, else Hugging Face's.
+    """
     owner = os.path.dirname(path)
-    if os.path.exists(path) or not owner or os.path.dirname(owner) or os.path.isdir(owner):
+    if os.path.exists(path) or path not in GPT2_NAMES and (not owner or os.path.dirname(owner) or os.path.isdir(owner)):
         return path
     try:
         from huggingface_hub import snapshot_download  # Gradio brings it
-        return snapshot_download(path, allow_patterns=['*.pt'])
+        for kind in ('model*.safetensors', 'pytorch_model*.bin')[::1 if HAS_SAFETENSORS else -1]:
+            folder = snapshot_download(path, allow_patterns=['*.pt', 'config.json', 'vocab.json', 'tokenizer.json', f'{kind}*'])
+            if any(name.endswith(('.pt', '.safetensors', '.bin')) for name in os.listdir(folder)):
+                break
+        return folder
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise FileNotFoundError(f'{path}: no such file or folder here, and not to be had from the Hub ({reason})') from None
+        raise FileNotFoundError(f'{path}: no such file or folder here, and not to be had from the Hub ({reason}); '
+                                f'name a model file or a folder') from None
 
 
 def find(path):
     """The model file that `path` means: itself, or of a folder model.pt or ckpt.pt, whichever has more steps, or, where
-    it has neither, the newest run's in its subfolders; see local() for a Hub repository. Raises FileNotFoundError where
-    there is none.
+    it has neither, Hugging Face's weights, or the newest run's in its subfolders; see local() for a Hub repository.
+    Raises FileNotFoundError where there is none.
     """
     path = local(os.fspath(path))
     if not os.path.isdir(path):
@@ -861,6 +889,9 @@ def find(path):
     files = [file for file in files if os.path.exists(file)]
     if files:
         return max(files, key=lambda file: read(file, check=False)['step']) if len(files) > 1 else files[0]
+    for name in WEIGHTS if HAS_SAFETENSORS else WEIGHTS[2:] + WEIGHTS[:2]:
+        if os.path.exists(os.path.join(path, name)):
+            return os.path.join(path, name)
     runs = [entry.path for entry in os.scandir(path) if entry.is_dir()]
     files = [file for run in runs for name in ('model.pt', 'ckpt.pt') if os.path.exists(file := os.path.join(run, name))]
     if files:
@@ -903,3 +934,128 @@ def build(contents, device='cpu'):
                     module.weight = module.scale = None
     model.trained_context = contents['trained_context']
     return model.eval()
+
+
+# other projects' files ------------------------------------------------------------------------------------------------
+
+# SHA-256 of GPT-2's 50,256 byte pairs as Hugging Face writes them, a line each: other languages' models have as many
+GPT2_VOCABULARY = '3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3'
+# what Hugging Face's GPT2Config can change about the network and folio's does not have
+ONLY = dict(model_type=('gpt2',), activation_function=('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'), layer_norm_epsilon=(1e-5,),
+            scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,), quantization_config=(None,))
+
+
+def imported(path, contents=None):
+    """read()'s contents of Hugging Face's weights (sharded too, config.json beside them), of nanoGPT's checkpoint, or of
+    bare weights under either's names. Raises ValueError for what is no GPT-2, or not a whole one.
+
+    The tensors' own shapes count, and what a config claims must agree: a claim alone costs no memory.
+    """
+    folder = os.path.dirname(path)
+    contents = read_weights(path) if contents is None else contents
+    said = contents.get('model_args')  # nanoGPT's
+    if not isinstance(said, dict):
+        said = read_json(os.path.join(folder, 'config.json'))
+    for key, values in ONLY.items():
+        if said.get(key, values[0]) not in values:
+            raise ValueError(f'{os.path.join(folder, "config.json")}: {key} {said[key]!r}, and folio, a GPT-2, has {values[0]!r}; name another model')
+    facts = said.get('folio') if isinstance(said.get('folio'), dict) else {}  # quantize.py --format=hf left them
+    source = next((contents[key] for key in ('model', 'model_state_dict', 'state_dict') if isinstance(contents.get(key), dict)), contents)
+    weights = {re.sub(r'^(_orig_mod\.|module\.|transformer\.|model\.)*', '', name): w for name, w in source.items() if isinstance(w, torch.Tensor)}
+    dataset = contents['config'].get('dataset', '') if isinstance(contents.get('config'), dict) else facts.get('dataset', '')
+    step = facts.get('step', contents.get('iter_num', 0))
+    source.clear()  # or what is transposed below would stay in memory
+    head = weights.pop('lm_head.weight', None)
+    weights = {name: w for name, w in weights.items()  # without heads for other ends, and the masks that old versions kept
+               if re.match(r'(wte|wpe|ln_f|h\.\d+)\.', name) and not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    missing = {'wte.weight', 'wpe.weight', 'h.0.attn.c_attn.weight'} - set(weights)
+    if missing:
+        raise ValueError(f"{path}: no GPT-2: it lacks {', '.join(sorted(missing))}; name another file")
+    if not all(w.is_floating_point() for w in weights.values()):
+        raise ValueError(f'{path}: its weights are not all floats; name the model that it was quantized from')
+    table, (block_size, C) = weights['wte.weight'], weights['wpe.weight'].shape
+    if head is not None and not torch.equal(head, table):
+        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, and GPT-2's head is its token table; name another model")
+    if facts.get('config', {}).get('bias') is False:  # Hugging Face's have to be there
+        weights = {name: w for name, w in weights.items() if not name.endswith('bias')}
+
+    vocab_size, n_head = len(table), said.get('n_head', 0)
+    is_gpt2 = 50257 <= vocab_size <= 50304  # padded
+    if not n_head:
+        n_head = max(C // 64, 1)
+        print(f'{path}: nothing says how many heads it has; taken for {n_head} of {C // n_head}, as GPT-2 has', file=sys.stderr)
+    shape = dict(block_size=block_size, vocab_size=50257 if is_gpt2 else vocab_size, n_embd=C, n_head=n_head,
+                 n_layer=len({name.split('.')[1] for name in weights if name.startswith('h.')}), bias='ln_f.bias' in weights)
+    claims = dict(said, block_size=said.get('n_positions', said.get('block_size', block_size)),
+                  vocab_size=shape['vocab_size'] if said.get('vocab_size', vocab_size) in (vocab_size, 50257) else said['vocab_size'])
+    for key in ('block_size', 'vocab_size', 'n_embd', 'n_layer'):
+        if claims.get(key, shape[key]) != shape[key]:
+            raise ValueError(f'{path}: its config says {key} {claims[key]}, and its tensors are of {shape[key]}')
+    with torch.device('meta'):
+        wanted = {name: p.shape for name, p in GPT(GPTConfig(**shape)).state_dict().items()}
+    transposed = weights['h.0.attn.c_attn.weight'].size(0) == C  # Hugging Face's Conv1D
+    for name, size in wanted.items():
+        if name not in weights:
+            raise ValueError(f'{path}: it lacks {name}, so it is not whole; get it again')
+        w = weights[name].t() if transposed and re.search(r'c_\w+\.weight', name) else weights[name]
+        if w.shape != size and name != 'wte.weight':
+            raise ValueError(f'{path}: {name} is {tuple(w.shape)}, and {tuple(size)} belongs there; get it again')
+        weights[name] = w.contiguous()
+    extra = sorted(set(weights) - set(wanted))
+    if extra:
+        raise ValueError(f"{path}: {extra[0]} is not GPT-2's{f', nor are {len(extra) - 1} others' if len(extra) > 1 else ''}; name another model")
+
+    tokenizer = {'name': 'gpt2', 'vocab_size': 50257}
+    if facts.get('tokenizer', {}).get('vocab_size') == shape['vocab_size']:
+        tokenizer = facts['tokenizer']
+    elif not is_gpt2:  # prepare.get_tokenizer() looks there for its characters
+        tokenizer = {'name': 'char', 'vocab_size': vocab_size, 'folders': [folder, f'data/{dataset}', f'{folder}/../data/{dataset}']}
+    elif not has_gpt2_vocabulary(folder):
+        raise ValueError(f"{folder}: its vocabulary is not GPT-2's, and folio has no other of {vocab_size:,} tokens; name another model")
+    return {'format_version': FORMAT_VERSION, 'kind': 'model', 'config': shape, 'tokenizer': tokenizer, 'dataset': dataset,
+            'trained_context': facts.get('trained_context', block_size), 'step': step,
+            'losses': facts.get('losses', {}), 'made_by': facts.get('made_by', path), 'model': weights}
+
+
+def read_weights(path):
+    """{name: tensor} of a .safetensors file, or of the shards that an index.json names, each in memory of its own."""
+    folder = os.path.dirname(path)
+    if path.endswith('.json'):
+        shards = {os.path.join(folder, os.path.basename(name)) for name in read_json(path).get('weight_map', {}).values()}
+        return {name: w for shard in sorted(shards) for name, w in
+                (read_weights(shard) if shard.endswith('.safetensors') else read_torch(shard)).items()}
+    if not HAS_SAFETENSORS:
+        raise ValueError(f'{path}: pip install safetensors, which reads this')
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'pt') as f:
+            names, weights = f.keys(), {}
+        for name in names:  # opened for each anew: what was read of a map takes memory until it is closed
+            with safe_open(path, 'pt') as f:
+                weights[name] = f.get_tensor(name).clone()
+        return weights
+    except SafetensorError as error:
+        raise ValueError(f'{path}: damaged ({error}); get it again') from None
+
+
+def read_json(path):
+    """The dict in a JSON file, empty where there is none. Raises ValueError for a damaged one."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding='utf-8') as f:
+            contents = json.load(f)
+        if isinstance(contents, dict):
+            return contents
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(f'{path}: damaged, no JSON of names and values; get it again')
+
+
+def has_gpt2_vocabulary(folder):
+    """Whether the tokenizer's files beside a model of GPT-2's size, where there are any, hold GPT-2's vocabulary."""
+    vocabulary = read_json(f'{folder}/vocab.json') or read_json(f'{folder}/tokenizer.json').get('model', {}).get('vocab')
+    if not vocabulary:
+        return True
+    tokens = sorted(vocabulary, key=vocabulary.get)[:50256]
+    return hashlib.sha256('\n'.join(tokens).encode()).hexdigest() == GPT2_VOCABULARY

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import pickle
 import re
 import sys
 import time
@@ -99,12 +100,60 @@ def code_points(text):
 
 
 def get_tokenizer(meta):
-    """The tokenizer that a meta.json or a model file describes: {'name': 'gpt2' | 'char', …}."""
+    """The tokenizer that a meta.json or a model file describes: {'name': 'gpt2' | 'char', …}.
+
+    Raises ValueError for another. nanoGPT's models do not hold their characters, but `folders` where they may be.
+    """
     if meta['name'] == 'gpt2':
         return GPT2Tokenizer()
     if meta['name'] == 'char':
-        return CharTokenizer(meta['characters'])
+        return CharTokenizer(meta['characters'] if 'characters' in meta else find_characters(meta['folders'], meta['vocab_size']))
     raise ValueError(f"tokenizer {meta['name']!r} is not one of gpt2, char")
+
+
+def find_characters(folders, vocab_size):
+    """The vocab_size characters in the first folder with a meta.json or a meta.pkl of as many. Raises ValueError."""
+    for folder in folders:
+        for name, read in (('meta.json', read_meta), ('meta.pkl', read_nanogpt_meta)):
+            try:
+                characters = read(os.path.join(folder, name))['tokenizer']['characters']
+            except (OSError, ValueError, KeyError):  # none there, or of other data
+                continue
+            if len(characters) == vocab_size:
+                return characters
+    raise ValueError(f"the model has a vocabulary of {vocab_size:,}, which is not GPT-2's, and nothing says which characters these are: "
+                     f"no meta.json or meta.pkl of as many in {', '.join(map(os.path.normpath, folders))}; put its data's there")
+
+
+def read_meta(path):
+    """A meta.json's contents. Raises ValueError for a damaged one, or a tokenizer that is none."""
+    with open(path, encoding='utf-8') as f:
+        try:
+            meta = json.load(f)
+            get_tokenizer(meta['tokenizer'])
+            return meta
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'{path}: damaged; prepare it again with prepare.py') from None
+
+
+def read_nanogpt_meta(path):
+    """What a meta.json would say, of nanoGPT's meta.pkl. Raises ValueError for another file.
+
+    A pickle can run any code through the names that it looks up; this reader looks up none.
+    """
+    class Values(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError
+    try:
+        with open(path, 'rb') as f:
+            itos = Values(f).load()['itos']
+        characters = ''.join(itos[i] for i in range(len(itos)))
+        tokenizer = CharTokenizer(characters)
+        if tokenizer.characters != characters:
+            raise ValueError
+        return {'tokenizer': tokenizer.meta}
+    except (pickle.UnpicklingError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError):
+        raise ValueError(f"{path}: not nanoGPT's vocabulary of single characters in their order; prepare the data again with prepare.py") from None
 
 
 class TextStream:
@@ -308,18 +357,15 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
 def load_data(dataset):
     """The splits and meta of data/<dataset>/: (train, val or None, meta), the splits as uint16 memory maps (copy on write).
 
-    Bins without a meta.json, as nanoGPT leaves them, are taken for GPT-2's vocabulary. Raises ValueError for files
+    Bins without a meta.json are nanoGPT's: of the characters in its meta.pkl, or else of GPT-2's vocabulary. Raises ValueError for files
     that are not what the meta.json says.
     """
     folder = os.path.join('data', dataset)
     meta = {'tokenizer': {'name': 'gpt2', 'vocab_size': 50257}}
     if os.path.exists(f'{folder}/meta.json'):
-        with open(f'{folder}/meta.json', encoding='utf-8') as f:
-            try:
-                meta = json.load(f)
-                get_tokenizer(meta['tokenizer'])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{folder}/meta.json: damaged; prepare it again with prepare.py') from None
+        meta = read_meta(f'{folder}/meta.json')
+    elif os.path.exists(f'{folder}/meta.pkl'):
+        meta = read_nanogpt_meta(f'{folder}/meta.pkl')
     splits = []
     for split in ('train', 'val'):
         path = f'{folder}/{split}.bin'
@@ -330,8 +376,9 @@ def load_data(dataset):
         splits.append(np.memmap(path, dtype='<u2', mode='c') if size else None)
     if splits[0] is None:
         raise ValueError(f'{folder}/train.bin: empty; prepare it again with prepare.py')
-    if 'tokens' not in meta and max(split.max() for split in splits if split is not None) > 50256:
-        raise ValueError(f"{folder}: without a meta.json the ids are GPT-2's, and some are over 50,256; prepare it again")
+    most = meta['tokenizer']['vocab_size']
+    if 'tokens' not in meta and max(split.max() for split in splits if split is not None) >= most:
+        raise ValueError(f'{folder}: without a meta.json the ids are of a vocabulary of {most:,}, and some are not; prepare it again')
     return *splits, meta
 
 

@@ -4,11 +4,14 @@ What one deploys, from a trained model: one small file, beside it, that sample.p
 $ python quantize.py                      # out/model.pt -> out/model_int8.pt: GPT-2 small 498 -> 126 MB, the loss the same
 $ python quantize.py --dtype=int4         # -> out/model_int4.pt: 71 MB, the loss 0.1% higher
 $ python quantize.py --dtype=bfloat16     # the weights alone, in 16 bits; with --sidecars config.json and meta.json beside it
+$ python quantize.py --format=hf          # -> out/hf/, for transformers, llama.cpp and CTranslate2; float32, or --dtype=bfloat16
 $ python quantize.py --checkpoint=out/quickstart
 """
 import dataclasses
+import importlib.util
 import json
 import os
+import re
 import sys
 import time
 
@@ -79,17 +82,130 @@ def measure(model, name, tokens, eval_tokens, start):
     return loss, *speeds
 
 
+# Hugging Face's format ------------------------------------------------------------------------------------------------
+
+def write_hugging_face(folder, config, weights, dtype, facts):
+    """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, of a model's weights, a dict.
+
+    The config.json, which makes a folder whole, comes last, and an old one goes first. `facts` are what a model file says
+    beside the weights; they stand in config.json under 'folio', so that nothing is lost on the way back.
+    """
+    from safetensors.torch import save as to_bytes
+    tokenizer = get_tokenizer(facts['tokenizer'])
+    tensors = {}
+    for name, w in weights.items():
+        transposed = re.search(r'c_\w+\.weight', name)  # their Conv1D is (inputs, outputs)
+        tensors[f'transformer.{name}'] = w.t().contiguous() if transposed else w
+        if name.endswith('weight') and not config['bias'] and not name.startswith('w'):  # theirs always has biases
+            tensors[f'transformer.{name.removesuffix("weight")}bias'] = w.new_zeros(len(w))
+    ends = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
+    theirs = dict(architectures=['GPT2LMHeadModel'], model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5,
+                  vocab_size=config['vocab_size'], n_positions=config['block_size'], n_ctx=config['block_size'], n_embd=config['n_embd'],
+                  n_layer=config['n_layer'], n_head=config['n_head'], n_inner=None, initializer_range=0.02,
+                  **{f'{part}_pdrop': config['dropout'] for part in ('attn', 'embd', 'resid')},
+                  tie_word_embeddings=True, use_cache=True, dtype=dtype, torch_dtype=dtype, **ends, folio={**facts, 'config': config})
+    files = {'model.safetensors': to_bytes(tensors, metadata={'format': 'pt'}), 'README.md': model_card(config, facts),
+             'generation_config.json': dict(ends, pad_token_id=tokenizer.eot), **tokenizer_files(tokenizer, facts['trained_context']),
+             'config.json': theirs}
+    os.makedirs(folder, exist_ok=True)
+    if os.path.exists(os.path.join(folder, 'config.json')):
+        os.remove(os.path.join(folder, 'config.json'))
+    for name, content in files.items():
+        if isinstance(content, dict):
+            content = json.dumps(content, indent=1)
+        with replacing(os.path.join(folder, name)) as f:
+            f.write(content if isinstance(content, bytes) else content.encode())
+
+
+def tokenizer_files(tokenizer, context):
+    """{file: content} of a tokenizer in Hugging Face's form; a char vocabulary is byte pairs without any merges there."""
+    if tokenizer.eot is None:
+        vocab, merges, splitting, added = {c: i for i, c in enumerate(tokenizer.characters)}, [], None, []
+        config, decoder, files = {'tokenizer_class': 'PreTrainedTokenizerFast'}, {'type': 'Fuse'}, {}
+    else:
+        vocab, merges = byte_pairs(tokenizer.encoding._mergeable_ranks)
+        splitting = decoder = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+        added = [dict(id=tokenizer.eot, content='<|endoftext|>', single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)]
+        vocab['<|endoftext|>'] = tokenizer.eot
+        config = {'tokenizer_class': 'GPT2Tokenizer', 'add_prefix_space': False, **dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), '<|endoftext|>')}
+        files = {'vocab.json': json.dumps(vocab, ensure_ascii=False), 'merges.txt': '\n'.join(['#version: 0.2', *merges, ''])}
+    model = dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix='', end_of_word_suffix='', fuse_unk=False,
+                 byte_fallback=False, vocab=vocab, merges=merges)
+    files['tokenizer.json'] = dict(version='1.0', truncation=None, padding=None, added_tokens=added, normalizer=None,
+                                   pre_tokenizer=splitting, post_processor=None, decoder=decoder, model=model)
+    files['tokenizer_config.json'] = dict(config, model_max_length=context, clean_up_tokenization_spaces=False)
+    return files
+
+
+def byte_pairs(ranks):
+    """GPT-2's vocabulary, {text: id}, and merges, ['left right', …], of tiktoken's {bytes: rank}; each byte as a printable
+    character, as in OpenAI's encoder.py.
+
+    tiktoken does not keep the merges: a token's is the pair that is left of it when the earlier ones have been made.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        characters.setdefault(byte, chr(256 + len(characters) - len(printable)))
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            _, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(' '.join(''.join(map(characters.get, part)) for part in parts))
+    return {''.join(map(characters.get, token)): rank for token, rank in ranks.items()}, merges
+
+
+def model_card(config, facts):
+    """The README.md of a model on the Hub."""
+    losses = ', '.join(f'{name.removesuffix("_loss")} {loss:.4f}' for name, loss in facts.get('losses', {}).items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, folio]
+---
+
+# A GPT-2 trained with folio
+
+| | |
+|---|---|
+| shape | {config['n_layer']} layers, {config['n_head']} heads, {config['n_embd']} wide, {config['vocab_size']:,} tokens ({facts['tokenizer']['name']}) |
+| trained context | {facts['trained_context']:,} tokens: positions past it were never trained |
+| data | {facts.get('dataset') or 'unknown'} |
+| steps | {facts['step']:,} |
+| loss | {losses or 'unknown'} |
+| made by | `{facts['made_by']}` |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained('.'), AutoTokenizer.from_pretrained('.')
+ids = tokenizer('Hello', return_tensors='pt').input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True, top_k=50)[0]))
+```
+"""
+
+
 if __name__ == '__main__':
     from config import configure, fail, given
     checkpoint = 'out'        # a model file, or a folder: its model.pt or ckpt.pt, else the newest run's below it
     dtype = 'int8'            # int8, int4, bfloat16 or float32
+    format = 'folio'          # folio, or hf: Hugging Face's, a folder, in float32 (which --dtype is then) or bfloat16
     max_loss_increase = 0.05  # write nothing where the loss rises by more than this share of it
     dataset = ''              # the losses are over data/<dataset>/; empty = what the model was trained on
     eval_tokens = 0           # tokens of the split in the losses, at least 2; 0 = all
     sidecars = False          # config.json (the shape) and meta.json (tokenizer, step, losses, how made) beside the file
-    configure(globals(), dict(dtype=('int8', 'int4', 'bfloat16', 'float32'), max_loss_increase=(0, 1e9), eval_tokens=(0,)))
+    configure(globals(), dict(dtype=('int8', 'int4', 'bfloat16', 'float32'), format=('folio', 'hf'), max_loss_increase=(0, 1e9), eval_tokens=(0,)))
     if eval_tokens == 1:
         fail('--eval_tokens=1: a loss needs at least 2 tokens; 0 takes all', 2)
+
+    if format == 'hf' and 'dtype' not in given:
+        dtype = 'float32'
+    if format == 'hf' and dtype.startswith('int'):
+        fail(f"--dtype={dtype}: Hugging Face's format has none that transformers reads; take float32 or bfloat16, or leave --format away", 2)
+    if format == 'hf' and not importlib.util.find_spec('safetensors'):
+        fail('--format=hf wants the safetensors package: pip install safetensors')
 
     keep_freed_memory()
     path = find(checkpoint)
@@ -98,11 +214,15 @@ if __name__ == '__main__':
     if source['config'].get('quantized'):
         fail(f"{path}: {source['config']['quantized']} already; name the model that it was made from")
     folder, file = os.path.split(path)
-    stem = 'model' if file == 'ckpt.pt' else os.path.splitext(file)[0]
-    target = os.path.join(folder, f'{stem}_{dtype}.pt')
+    if not os.path.exists(checkpoint):  # from the Hub, whose cache is not ours
+        folder = os.path.join('out', os.path.basename(checkpoint))
+        os.makedirs(folder, exist_ok=True)
+    stem = os.path.splitext(file)[0] if file.endswith('.pt') and file != 'ckpt.pt' else 'model'
+    target = os.path.join(folder, 'hf' if format == 'hf' else f'{stem}_{dtype}.pt')
     if not os.access(folder or '.', os.W_OK):
         fail(f'{folder}: may not be written to; copy {path} to another folder and name that with --checkpoint')
     tokenizer = get_tokenizer(source['tokenizer'])
+    source['tokenizer'] = tokenizer.meta  # of nanoGPT's with the characters, which its file lacks
     tokens, split = None, ''
     dataset = dataset or source.get('dataset', '')
     if dataset and os.path.exists(f'data/{dataset}/train.bin'):
@@ -139,7 +259,10 @@ if __name__ == '__main__':
         fail(f'{dtype} raises the loss from {first[0]:.4f} to {second[0]:.4f}, more than --max_loss_increase={max_loss_increase}; '
              f'nothing is written. Take --dtype={"int8" if dtype == "int4" else "bfloat16"}, or allow more')
     began = time.perf_counter()
-    write_atomically(target, {**facts, 'config': shape, 'model': weights})
+    if format == 'hf':
+        write_hugging_face(target, shape, weights, dtype, facts)
+    else:
+        write_atomically(target, {**facts, 'config': shape, 'model': weights})
     converting += time.perf_counter() - began
     if sidecars:
         for file, content in (('config.json', shape), ('meta.json', {**facts, 'dtype': dtype})):
@@ -147,7 +270,7 @@ if __name__ == '__main__':
                 f.write(json.dumps(content, indent=1).encode())
     began = time.perf_counter()
     load(target)
-    sizes.append(os.path.getsize(target))
+    sizes.append(os.path.getsize(find(target)))
     loads.append(time.perf_counter() - began)
 
     print(f"{'':20s}{name:>12s}{dtype:>12s}")

@@ -5,6 +5,7 @@ $ python train.py config/quickstart.py                     # characters, 0.6M pa
 $ python train.py config/shakespeare.py --batch_size=32    # GPT-2 small (124M) on input.txt, until its loss is under 0.1
 $ python train.py config/shakespeare.py --init_from=resume # goes on where Ctrl-C, a kill or a power cut stopped it
 $ python train.py --input=my.txt --dataset=mine --out_dir=out/mine --seq_len=256 --max_iters=2000
+$ python train.py config/finetune.py --init_from=gpt2      # from OpenAI's weights; a Hugging Face folder, a nanoGPT checkpoint, …
 $ python train.py config/bench.py                          # tokens/s, MFU and memory of this machine, in under a minute
 $ torchrun --nproc_per_node=8 train.py config/shakespeare.py --init_from=auto --batch_size=64   # data parallel
 """
@@ -30,7 +31,7 @@ from prepare import check_dataset, find_files, get_tokenizer, load_data, prepare
 
 # run
 out_dir = 'out'                  # folder of checkpoints, model and log; empty = write nothing
-init_from = 'scratch'            # scratch, resume, auto (resume what is there, else start) or a model file's path
+init_from = 'scratch'            # scratch, resume, auto (resume what is there, else start), gpt2 … gpt2-xl, a path or a Hub id
 overwrite = False                # start over where a run already is
 # data
 input = 'input.txt'              # UTF-8 text, prepared when data/<dataset>/ is not there: a file, a folder or a glob
@@ -120,6 +121,18 @@ elif there and not overwrite:
     fail(f"{', '.join(there)}: a run is already there; --init_from=resume goes on with it, --overwrite replaces it, "
          f'--out_dir=out/another keeps it')
 
+keep_freed_memory()
+if init_from not in ('scratch', 'resume'):
+    parent, parent_meta = load(init_from)
+    if parent.config.quantized:
+        fail(f"{parent_meta['path']}: {parent.config.quantized} weights cannot be trained; name the model that they were made from")
+    if master:
+        print(f"{parent_meta['path']}: {parent.num_params():,} parameters, step {parent_meta['step']:,}", file=sys.stderr)
+    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias'):
+        if key in given and settings[key] != getattr(parent.config, key):
+            fail(f'--{key}={settings[key]}: {init_from} has {getattr(parent.config, key)}; leave it away', 2)
+        settings[key] = globals()[key] = getattr(parent.config, key)
+
 accumulation, rows = gradient_accumulation_steps, batch_size  # this rank's share
 if accumulation % ranks == 0:
     accumulation //= ranks
@@ -196,7 +209,6 @@ def fetch(tokens, starts):
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
-keep_freed_memory()
 if ranks > 1 and dist.get_backend() == 'nccl':
     device = f'cuda:{local_rank}'
 device = pick_device(device)
@@ -227,17 +239,9 @@ if init_from in ('scratch', 'resume'):
         model.load_state_dict(checkpoint['model'])
         model.trained_context = max(T, checkpoint['trained_context'])
 else:
-    model, parent = load(init_from, device)
-    if model.config.quantized:
-        fail(f"{parent['path']}: {model.config.quantized} weights cannot be trained; name the model that they were made from")
-    if master:
-        print(f"{parent['path']}: {model.num_params():,} parameters, step {parent['step']:,}", file=sys.stderr)
-    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias'):
-        if key in given and settings[key] != getattr(model.config, key):
-            fail(f'--{key}={settings[key]}: {init_from} has {getattr(model.config, key)}; leave it away', 2)
-        settings[key] = globals()[key] = getattr(model.config, key)
-    if parent['tokenizer'] != data_meta['tokenizer']:
-        fail(f"{init_from} reads tokenizer {parent['tokenizer']['name']}, and data/{dataset} is in another; {way_out}")
+    model = parent.to(device)
+    if get_tokenizer(parent_meta['tokenizer']).meta != data_meta['tokenizer']:
+        fail(f"{init_from} reads tokenizer {parent_meta['tokenizer']['name']}, and data/{dataset} is in another; {way_out}")
     if T > block_size:
         fail(f'--seq_len={T}: {init_from} has {block_size} positions; give --seq_len={block_size} or less', 2)
     model.trained_context = max(T, model.trained_context)
@@ -422,6 +426,11 @@ def evaluate(tokens):
         return sum(torch.stack(losses).tolist()) / len(losses)
 
 
+def both_losses():
+    train = evaluate(train_source)
+    return {'train_loss': train, 'val_loss': train if val_source is None else evaluate(val_source)}
+
+
 def print_sample():
     ids = torch.tensor([[text.start]])
     written = [step.item() for step in raw_model.generate(ids, 100, temperature=0.8, top_k=50, seed=seed)]
@@ -452,10 +461,21 @@ print(f'data/{dataset}: {len(train_tokens):,} training tokens, {0 if val_tokens 
       f'{batch_size} x {T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
 print(f"{out_dir or 'nothing written'}: {'step ' + format(state['step'], ',') if init_from == 'resume' else 'a new run'}, up to step {max_iters:,}"
       + (f', or a loss under {loss_threshold}' if loss_threshold else ''))
+epochs = max_iters / epoch_steps  # the fifth adds little to what a model knows: https://arxiv.org/abs/2305.16264
+if epochs > 4 and raw_model.num_params() > 10 * len(train_tokens) and not loss_threshold:
+    print(f'{len(train_tokens):,} training tokens, read {epochs:.0f} times, are few for so many parameters: they will be learnt by heart. '
+          f'A longer --input or fewer --max_iters helps; best.pt is from where the validation loss was lowest')
 began = last_time = time.time()
 last_seconds, last_tokens, first_step = state['seconds'], state['tokens'], state['step']
 flags, over, foretold = None, False, False
 sys.excepthook = on_error
+if init_from not in ('scratch', 'resume') and eval_interval:  # what there is to improve on
+    losses = both_losses()
+    state.update(losses=losses, best_val=losses['val_loss'])
+    print(f"before the first step: train {losses['train_loss']:.4f}, validation {losses['val_loss']:.4f}", flush=True)
+    if master and out_dir:
+        save(files['best.pt'], raw_model, data_meta['tokenizer'], step=0, losses=losses, dataset=dataset, made_by=made_by)
+    last_time = time.time()
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
 while True:
@@ -475,10 +495,7 @@ while True:
             f'loss {mean:.6f} under {loss_threshold}' if look and len(state['recent']) == threshold_window and mean < loss_threshold else
             f'{max_minutes} minutes over' if over else '')
     if step > state['logged_step'] and (log or evaluation or stop and not over):  # no row that the run never stopped lacks
-        losses = {}
-        if evaluation:
-            losses['train_loss'] = evaluate(train_source)
-            losses['val_loss'] = losses['train_loss'] if val_source is None else evaluate(val_source)
+        losses = both_losses() if evaluation else {}
         better = bool(losses) and losses['val_loss'] < state['best_val']
         if better and master and out_dir:
             save(files['best.pt'], raw_model, data_meta['tokenizer'], step=step, losses=losses, dataset=dataset, made_by=made_by)
@@ -577,7 +594,7 @@ print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {stat
 if state['step']:
     print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at best; first step under "
           + (', '.join(f'{float(key):g}: {value:,}' for key, value in state['passed'].items()) or 'none'))
-if state['best_val_step']:
+if math.isfinite(state['best_val']):
     print(f"best        {state['best_val']:.4f} validation at step {state['best_val_step']:,}" + (f", kept in {files['best.pt']}" if out_dir else ''))
 for name, loss in final.items():
     tokens = val_tokens if name == 'validation' else train_tokens
@@ -585,6 +602,8 @@ for name, loss in final.items():
     print(f'{name:11s} {loss:.4f} over {"all " if count == len(tokens) else "the first "}{count:,} tokens, in windows of {raw_model.trained_context}'
           + (f'; greedy decoding recites {recitals[name]:.0%} of its 50-token continuations' if name in recitals else ''))
 if out_dir:
-    print(f"{files['model.pt']} is what one deploys. Now: python sample.py{'' if out_dir == 'out' else ' --checkpoint=' + shlex.quote(out_dir)}")
+    best = patience > 0 < state['bad_evals']  # who gives a patience is after the validation loss
+    path = files['best.pt'] if best else '' if out_dir == 'out' else out_dir
+    print(f"{files['best.pt' if best else 'model.pt']} is what one deploys. Now: python sample.py{path and ' --checkpoint=' + shlex.quote(path)}")
     print(f"{files['log.csv']} has the curve, for a spreadsheet or gnuplot -p -e \"set datafile separator ','; "
           f"plot '{files['log.csv']}' using 1:2 with lines\"")
