@@ -820,9 +820,13 @@ def read(path, check=True, kind=''):
     Footgun: torch.load does not check the zip's CRCs, and a flipped bit would load silently. check=False leaves that
     out, and the tensors memory-mapped: enough to ask for the step.
     """
-    contents = imported(path) if path.endswith(('.safetensors', '.json')) else read_torch(path, check)
-    if isinstance(contents, dict) and 'format_version' not in contents:
-        contents = imported(path, contents)
+    path = os.fspath(path)
+    try:
+        contents = read_shards(path) if path.endswith(('.safetensors', '.json')) else read_torch(path, check)
+        if isinstance(contents, dict) and 'format_version' not in contents:
+            contents = imported(contents, path)
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f'{path}: damaged, or no model that folio reads ({error}); name another') from None
     if not isinstance(contents, dict) or contents.get('format_version') != FORMAT_VERSION:
         version = contents.get('format_version') if isinstance(contents, dict) else None
         raise ValueError(f'{path}: format version {version}, and this folio reads {FORMAT_VERSION}')
@@ -843,8 +847,11 @@ def read_torch(path, check=True):
             with zipfile.ZipFile(path) as z:
                 if z.testzip():
                     raise zipfile.BadZipFile
-        return torch.load(path, map_location='cpu', mmap=zipped and not check, weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError):
+        contents = torch.load(path, map_location='cpu', mmap=zipped, weights_only=True)
+        if zipped and check and not (isinstance(contents, dict) and 'optimizer' in contents):  # nanoGPT's, twice the weights, stays on disk
+            contents = torch.load(path, map_location='cpu', weights_only=True)
+        return contents
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError):
         raise ValueError(f'{path}: damaged, or no model file that folio reads; train again, or name another file') from None
 
 
@@ -864,14 +871,15 @@ def local(path):
     try:
         from huggingface_hub import snapshot_download  # Gradio brings it
         for kind in ('model*.safetensors', 'pytorch_model*.bin')[::1 if HAS_SAFETENSORS else -1]:
-            folder = snapshot_download(path, allow_patterns=['*.pt', 'config.json', 'vocab.json', 'tokenizer.json', f'{kind}*'])
+            folder = snapshot_download(path, allow_patterns=['*model*.pt', '*best*.pt', '*ckpt.pt', 'config.json', 'vocab.json',
+                                                             'tokenizer.json', f'{kind}*'])
             if any(name.endswith(('.pt', '.safetensors', '.bin')) for name in os.listdir(folder)):
                 break
         return folder
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().splitlines()[0].split('. ')[0][:200]
         raise FileNotFoundError(f'{path}: no such file or folder here, and not to be had from the Hub ({reason}); '
-                                f'name a model file or a folder') from None
+                                f'connect, or name a model file or folder that is here') from None
 
 
 def find(path):
@@ -945,85 +953,88 @@ ONLY = dict(model_type=('gpt2',), activation_function=('gelu_new', 'gelu_pytorch
             scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,), quantization_config=(None,))
 
 
-def imported(path, contents=None):
-    """read()'s contents of Hugging Face's weights (sharded too, config.json beside them), of nanoGPT's checkpoint, or of
-    bare weights under either's names. Raises ValueError for what is no GPT-2, or not a whole one.
+def imported(contents, path):
+    """read()'s contents of what another project's file holds: Hugging Face's weights, with a config.json beside them,
+    nanoGPT's checkpoint, or bare weights with either's names. Raises ValueError for what is no GPT-2, or not whole, and
+    much else for nonsense.
 
-    The tensors' own shapes count, and what a config claims must agree: a claim alone costs no memory.
+    The tensors' own shapes count, and what a config claims must agree with them: a claim alone takes no memory.
     """
     folder = os.path.dirname(path)
-    contents = read_weights(path) if contents is None else contents
-    said = contents.get('model_args')  # nanoGPT's
-    if not isinstance(said, dict):
-        said = read_json(os.path.join(folder, 'config.json'))
+    said = contents['model_args'] if 'model_args' in contents else read_json(folder, 'config.json')
     for key, values in ONLY.items():
         if said.get(key, values[0]) not in values:
-            raise ValueError(f'{os.path.join(folder, "config.json")}: {key} {said[key]!r}, and folio, a GPT-2, has {values[0]!r}; name another model')
-    facts = said.get('folio') if isinstance(said.get('folio'), dict) else {}  # quantize.py --format=hf left them
-    source = next((contents[key] for key in ('model', 'model_state_dict', 'state_dict') if isinstance(contents.get(key), dict)), contents)
-    weights = {re.sub(r'^(_orig_mod\.|module\.|transformer\.|model\.)*', '', name): w for name, w in source.items() if isinstance(w, torch.Tensor)}
-    dataset = contents['config'].get('dataset', '') if isinstance(contents.get('config'), dict) else facts.get('dataset', '')
-    step = facts.get('step', contents.get('iter_num', 0))
-    source.clear()  # or what is transposed below would stay in memory
-    head = weights.pop('lm_head.weight', None)
-    weights = {name: w for name, w in weights.items()  # without heads for other ends, and the masks that old versions kept
-               if re.match(r'(wte|wpe|ln_f|h\.\d+)\.', name) and not name.endswith(('.attn.bias', '.attn.masked_bias'))}
-    missing = {'wte.weight', 'wpe.weight', 'h.0.attn.c_attn.weight'} - set(weights)
-    if missing:
-        raise ValueError(f"{path}: no GPT-2: it lacks {', '.join(sorted(missing))}; name another file")
-    if not all(w.is_floating_point() for w in weights.values()):
-        raise ValueError(f'{path}: its weights are not all floats; name the model that it was quantized from')
-    table, (block_size, C) = weights['wte.weight'], weights['wpe.weight'].shape
-    if head is not None and not torch.equal(head, table):
-        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, and GPT-2's head is its token table; name another model")
-    if facts.get('config', {}).get('bias') is False:  # Hugging Face's have to be there
+            raise ValueError(f'{path}: no GPT-2: its config says {key} {said[key]!r}, where folio has {values[0]!r}; name another')
+    facts = said.get('folio', {})  # of quantize.py --format=hf
+    run = contents['config'] if 'model_args' in contents else facts
+    step = contents.get('iter_num', facts.get('step', 0))
+    weights = take_weights(path, next((contents[key] for key in ('model', 'model_state_dict', 'state_dict') if key in contents), contents))
+    if facts and not facts['config']['bias']:  # Hugging Face's always has them
         weights = {name: w for name, w in weights.items() if not name.endswith('bias')}
 
-    vocab_size, n_head = len(table), said.get('n_head', 0)
-    is_gpt2 = 50257 <= vocab_size <= 50304  # padded
-    if not n_head:
+    (V, C), T = map(weights['wte.weight'].size, (0, 1)), weights['wpe.weight'].size(0)
+    is_gpt2 = 50257 <= V <= 50304  # padding
+    n_head = said.get('n_head')
+    if n_head is None:
         n_head = max(C // 64, 1)
-        print(f'{path}: nothing says how many heads it has; taken for {n_head} of {C // n_head}, as GPT-2 has', file=sys.stderr)
-    shape = dict(block_size=block_size, vocab_size=50257 if is_gpt2 else vocab_size, n_embd=C, n_head=n_head,
-                 n_layer=len({name.split('.')[1] for name in weights if name.startswith('h.')}), bias='ln_f.bias' in weights)
-    claims = dict(said, block_size=said.get('n_positions', said.get('block_size', block_size)),
-                  vocab_size=shape['vocab_size'] if said.get('vocab_size', vocab_size) in (vocab_size, 50257) else said['vocab_size'])
-    for key in ('block_size', 'vocab_size', 'n_embd', 'n_layer'):
-        if claims.get(key, shape[key]) != shape[key]:
-            raise ValueError(f'{path}: its config says {key} {claims[key]}, and its tensors are of {shape[key]}')
+        print(f'{folder or "."}: no config.json says how many heads a layer has; taken for {n_head} of {C // n_head}, as in GPT-2', file=sys.stderr)
+    try:
+        config = GPTConfig(block_size=T, vocab_size=50257 if is_gpt2 else V, n_layer=len({name.split('.')[1] for name in weights if name[0] == 'h'}),
+                           n_head=n_head, n_embd=C, bias='ln_f.bias' in weights)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    for key, value in dict(n_positions=T, block_size=T, n_embd=C, n_layer=config.n_layer, vocab_size=V).items():
+        if said.get(key, value) != value and (key, said[key]) != ('vocab_size', 50257):
+            raise ValueError(f'{path}: its config says {key} {said[key]}, and its tensors are of {value}')
     with torch.device('meta'):
-        wanted = {name: p.shape for name, p in GPT(GPTConfig(**shape)).state_dict().items()}
-    transposed = weights['h.0.attn.c_attn.weight'].size(0) == C  # Hugging Face's Conv1D
-    for name, size in wanted.items():
+        shapes = {name: p.shape for name, p in GPT(config).state_dict().items()}
+    shapes['wte.weight'] = torch.Size((V, C))
+    transposed = len(weights['h.0.attn.c_attn.weight']) == C  # Hugging Face's Conv1D
+    for name, shape in shapes.items():
         if name not in weights:
-            raise ValueError(f'{path}: it lacks {name}, so it is not whole; get it again')
+            raise ValueError(f'{path}: not whole: it lacks {name}')
         w = weights[name].t() if transposed and re.search(r'c_\w+\.weight', name) else weights[name]
-        if w.shape != size and name != 'wte.weight':
-            raise ValueError(f'{path}: {name} is {tuple(w.shape)}, and {tuple(size)} belongs there; get it again')
-        weights[name] = w.contiguous()
-    extra = sorted(set(weights) - set(wanted))
-    if extra:
-        raise ValueError(f"{path}: {extra[0]} is not GPT-2's{f', nor are {len(extra) - 1} others' if len(extra) > 1 else ''}; name another model")
+        if w.shape != shape or not w.is_floating_point():
+            raise ValueError(f'{path}: {name} is {tuple(w.shape)} of {str(w.dtype)[6:]}, where floats of {tuple(shape)} belong')
+        weights[name] = w.clone(memory_format=torch.contiguous_format)
+    if set(weights) - set(shapes):
+        raise ValueError(f"{path}: {min(set(weights) - set(shapes))} is not GPT-2's")
 
-    tokenizer = {'name': 'gpt2', 'vocab_size': 50257}
-    if facts.get('tokenizer', {}).get('vocab_size') == shape['vocab_size']:
-        tokenizer = facts['tokenizer']
-    elif not is_gpt2:  # prepare.get_tokenizer() looks there for its characters
-        tokenizer = {'name': 'char', 'vocab_size': vocab_size, 'folders': [folder, f'data/{dataset}', f'{folder}/../data/{dataset}']}
-    elif not has_gpt2_vocabulary(folder):
-        raise ValueError(f"{folder}: its vocabulary is not GPT-2's, and folio has no other of {vocab_size:,} tokens; name another model")
-    return {'format_version': FORMAT_VERSION, 'kind': 'model', 'config': shape, 'tokenizer': tokenizer, 'dataset': dataset,
-            'trained_context': facts.get('trained_context', block_size), 'step': step,
+    dataset = run.get('dataset', '')
+    tokenizer = facts.get('tokenizer') or {'name': 'gpt2' if is_gpt2 else 'char', 'vocab_size': config.vocab_size}
+    if tokenizer['name'] == 'gpt2' and not has_gpt2_vocabulary(folder):
+        raise ValueError(f"{path}: its vocabulary is not GPT-2's, and folio has no other of {V:,} tokens")
+    if tokenizer['name'] == 'char' and 'characters' not in tokenizer:  # prepare.get_tokenizer() looks for them there
+        tokenizer['folders'] = [folder, os.path.join('data', dataset), os.path.join(folder, '..', 'data', dataset)]
+    return {'format_version': FORMAT_VERSION, 'kind': 'model', 'config': dataclasses.asdict(config), 'tokenizer': tokenizer,
+            'dataset': dataset, 'trained_context': min(max(int(facts.get('trained_context', T)), 1), T), 'step': int(step),
             'losses': facts.get('losses', {}), 'made_by': facts.get('made_by', path), 'model': weights}
 
 
-def read_weights(path):
-    """{name: tensor} of a .safetensors file, or of the shards that an index.json names, each in memory of its own."""
-    folder = os.path.dirname(path)
-    if path.endswith('.json'):
-        shards = {os.path.join(folder, os.path.basename(name)) for name in read_json(path).get('weight_map', {}).values()}
-        return {name: w for shard in sorted(shards) for name, w in
-                (read_weights(shard) if shard.endswith('.safetensors') else read_torch(shard)).items()}
+def take_weights(path, source):
+    """The weights of a GPT-2, with folio's names, out of `source`, which is empty then. Raises ValueError for another network."""
+    weights = {re.sub(r'^(_orig_mod\.|module\.|transformer\.)*', '', name): w for name, w in source.items() if isinstance(w, torch.Tensor)}
+    source.clear()  # or what is transposed later would stay in memory
+    head = weights.pop('lm_head.weight', None)
+    weights = {name: w for name, w in weights.items()  # no heads for other ends, nor the masks that old versions kept
+               if re.match(r'(wte|wpe|ln_f|h\.\d+)\.', name) and not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    missing = {'wte.weight', 'wpe.weight', 'h.0.attn.c_attn.weight'} - set(weights)
+    if missing:
+        raise ValueError(f"{path}: no GPT-2: it lacks {', '.join(sorted(missing))}; name another")
+    if head is not None and not torch.equal(head, weights['wte.weight']):
+        raise ValueError(f"{path}: no GPT-2: its lm_head.weight differs from its wte.weight, and GPT-2's head is its token table")
+    return weights
+
+
+def read_shards(path):
+    """{name: tensor} of a .safetensors file, or of all shards that an index.json names, each in memory of its own."""
+    folder, file = os.path.split(path)
+    if file.endswith('.json'):
+        weights = {}
+        for shard in sorted(set(read_json(folder, file).get('weight_map', {}).values())):
+            shard = os.path.join(folder, os.path.basename(shard))
+            weights.update(read_shards(shard) if shard.endswith('.safetensors') else read_torch(shard))
+        return weights
     if not HAS_SAFETENSORS:
         raise ValueError(f'{path}: pip install safetensors, which reads this')
     from safetensors import SafetensorError, safe_open
@@ -1038,23 +1049,21 @@ def read_weights(path):
         raise ValueError(f'{path}: damaged ({error}); get it again') from None
 
 
-def read_json(path):
+def read_json(folder, file):
     """The dict in a JSON file, empty where there is none. Raises ValueError for a damaged one."""
+    path = os.path.join(folder, file)
     if not os.path.exists(path):
         return {}
     try:
         with open(path, encoding='utf-8') as f:
-            contents = json.load(f)
-        if isinstance(contents, dict):
-            return contents
-    except (ValueError, RecursionError):
-        pass
-    raise ValueError(f'{path}: damaged, no JSON of names and values; get it again')
+            return dict(json.load(f))
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f'{path} is damaged, no JSON of names and values') from None
 
 
 def has_gpt2_vocabulary(folder):
     """Whether the tokenizer's files beside a model of GPT-2's size, where there are any, hold GPT-2's vocabulary."""
-    vocabulary = read_json(f'{folder}/vocab.json') or read_json(f'{folder}/tokenizer.json').get('model', {}).get('vocab')
+    vocabulary = read_json(folder, 'vocab.json') or read_json(folder, 'tokenizer.json').get('model', {}).get('vocab')
     if not vocabulary:
         return True
     tokens = sorted(vocabulary, key=vocabulary.get)[:50256]

@@ -148,10 +148,10 @@ def read_nanogpt_meta(path):
         with open(path, 'rb') as f:
             itos = Values(f).load()['itos']
         characters = ''.join(itos[i] for i in range(len(itos)))
-        tokenizer = CharTokenizer(characters)
-        if tokenizer.characters != characters:
+        made = CharTokenizer(characters)
+        if made.characters != characters:
             raise ValueError
-        return {'tokenizer': tokenizer.meta}
+        return {'tokenizer': made.meta}
     except (pickle.UnpicklingError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError):
         raise ValueError(f"{path}: not nanoGPT's vocabulary of single characters in their order; prepare the data again with prepare.py") from None
 

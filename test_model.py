@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import random
 import re
 import runpy
@@ -359,7 +360,7 @@ def test_find_takes_most_steps_then_the_newest_run(gpt, tmp_path):
 def test_a_hub_id_is_its_model_files(gpt, tmp_path, monkeypatch):
     hub = pytest.importorskip('huggingface_hub', reason='pip install gradio')
     save(tmp_path / 'model.pt', gpt, {}, step=7)
-    monkeypatch.setattr(hub, 'snapshot_download', lambda repo, allow_patterns: {'someone/folio': str(tmp_path)}[repo])
+    monkeypatch.setattr(hub, 'snapshot_download', lambda repo, **_: {'someone/folio': str(tmp_path)}[repo])
     assert load('someone/folio')[1]['step'] == 7
     with pytest.raises(FileNotFoundError, match='someone/else: no such file or folder here, and not to be had from the Hub'):
         find('someone/else')
@@ -525,6 +526,254 @@ def test_a_result_that_lost_too_much_is_not_written(folder):
     process = run('quantize.py', '--checkpoint=out/lossy/model.pt', '--dtype=int4', '--max_loss_increase=0', cwd=folder)
     assert process.returncode == 1 and all(words in process.stderr for words in ('int4 raises the loss', '--max_loss_increase=0', '--dtype=int8'))
     assert not (folder / 'out/lossy/model_int4.pt').exists()
+
+
+# other projects' files ------------------------------------------------------------------------------------------------
+
+WIDE = dict(block_size=96, n_layer=2, n_head=4, n_embd=64)  # with GPT-2's vocabulary
+
+
+def theirs(tmp_path, **changes):
+    """A random GPT-2 of Hugging Face's, saved in tmp_path / 'hf'."""
+    transformers = pytest.importorskip('transformers', reason='pip install transformers')
+    torch.manual_seed(3)
+    made = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        **{**dict(n_positions=96, n_embd=64, n_layer=2, n_head=4, initializer_range=0.1), **changes})).eval()
+    for name, p in made.named_parameters():
+        if name.endswith('bias'):
+            torch.nn.init.normal_(p, std=0.1)
+    made.save_pretrained(tmp_path / 'hf')
+    return made
+
+
+def same_network(ours, theirs, idx):
+    with torch.no_grad():
+        assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
+    text = theirs.generate(idx, max_new_tokens=25, do_sample=False, pad_token_id=0, eos_token_id=None)[:, idx.size(1):]
+    assert torch.equal(torch.stack(list(ours.generate(idx, 25, temperature=0)), dim=1), text)
+
+
+@pytest.mark.parametrize('form', ['safetensors', 'sharded', 'bin', 'old bin', 'half', 'extended'])
+def test_hugging_face_folders_load(tmp_path, form):
+    made = theirs(tmp_path, vocab_size=50260 if form == 'extended' else 50257)
+    out = tmp_path / 'hf'
+    if form == 'sharded':
+        made.save_pretrained(out, max_shard_size='5MB')
+        (out / 'model.safetensors').unlink()
+        assert len(list(out.glob('*.safetensors'))) == 2
+    elif 'bin' in form:
+        (out / 'model.safetensors').unlink()
+        weights = {name: w for name, w in made.transformer.state_dict().items()}  # without a prefix, as OpenAI's on the Hub
+        weights['h.0.attn.bias'] = torch.ones(1, 1, 96, 96).tril()  # versions of old kept their masks
+        torch.save(weights, out / 'pytorch_model.bin', _use_new_zipfile_serialization=form == 'bin')
+    elif form == 'half':
+        made.half().save_pretrained(out)
+        made.float()
+    ours, meta = load(out)
+    assert (meta['tokenizer'], meta['trained_context'], meta['step']) == ({'name': 'gpt2', 'vocab_size': 50257}, 96, 0)
+    assert ours.num_params() == sum(p.numel() for p in made.parameters()) - 64 * (made.config.vocab_size - 50257)
+    if form != 'extended':  # where the added ids would be in theirs' texts
+        same_network(ours, made, torch.randint(50257, (2, 20)))
+    ours.train()
+    ours(torch.randint(50257, (2, 20)), torch.randint(50257, (2, 20))).backward()  # the weights are ours to train
+
+
+@pytest.mark.parametrize('shape', [WIDE, dict(WIDE, bias=False), dict(SMALL, vocab_size=65)], ids=['gpt2', 'no bias', 'char'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_hugging_face_and_back(tmp_path, shape, dtype):
+    transformers = pytest.importorskip('transformers', reason='pip install transformers')
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(**shape)).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    tokenizer = GPT2Tokenizer() if model.config.vocab_size == 50257 else CharTokenizer(map(chr, range(10, 75)))
+    model.trained_context = 48
+    save(tmp_path / 'model.pt', model, tokenizer.meta, step=7, losses={'train': 2.0}, dataset='none', made_by='a test')
+    process = run('quantize.py', '--checkpoint=model.pt', '--format=hf', f'--dtype={dtype}', cwd=tmp_path)
+    assert process.returncode == 0 and 'hf' in process.stdout, process.stderr
+    out, V = tmp_path / 'hf', model.config.vocab_size
+    again, meta = load(out)
+    for name, w in again.state_dict().items():
+        assert torch.equal(w[:V], model.state_dict()[name][:V].to(getattr(torch, dtype)).float()), name
+    assert (again.config, meta['step'], meta['losses'], meta['trained_context']) == (model.config, 7, {'train': 2.0}, 48)
+    assert meta['tokenizer'] == tokenizer.meta and 'a test' in meta['made_by']
+    assert '| 7 |' in (out / 'README.md').read_text() and 'train 2.0000' in (out / 'README.md').read_text()
+    made = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    assert made.config.tie_word_embeddings and made.lm_head.weight is made.transformer.wte.weight
+    assert made.lm_head.weight.shape == (V, model.config.n_embd)
+    same_network(again, made, torch.randint(V, (2, 20)))
+    words = transformers.AutoTokenizer.from_pretrained(out)
+    for seed in range(20):
+        text = random_text(random.Random(seed), 200)
+        if V == 65:
+            text = ''.join(c for c in text * 3 if c in tokenizer.characters)
+        assert words(text).input_ids == tokenizer.encode(text, special_tokens=V != 65) and words.decode(words(text).input_ids) == text
+    process = run('sample.py', '--checkpoint=hf', '--start=<', '--max_new_tokens=4', cwd=tmp_path)
+    assert process.returncode == 0 and process.stdout.startswith('<'), process.stderr
+
+
+def test_what_hugging_face_has_no_form_for(folder):
+    one_line(run('quantize.py', '--format=hf', '--dtype=int8', cwd=folder), 2, 'int8', 'float32 or bfloat16')
+    one_line(run('quantize.py', '--format=gguf', cwd=folder), 2, 'folio, hf')
+
+
+def nanogpt(vocab_size=65, **shape):
+    """A checkpoint in nanoGPT's form, of a model compiled, and that model."""
+    torch.manual_seed(5)
+    made = GPT(GPTConfig(**{**SMALL, 'vocab_size': vocab_size, **shape})).eval()
+    weights = {f'_orig_mod.transformer.{name}': w for name, w in made.state_dict().items()}
+    weights['_orig_mod.lm_head.weight'] = weights['_orig_mod.transformer.wte.weight']
+    arguments = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, bias=made.config.bias, vocab_size=len(made.wte.weight), dropout=0.1)
+    return dict(model=weights, optimizer={'state': {}}, model_args=arguments, iter_num=30, best_val_loss=torch.tensor(2.5),
+                config={'dataset': 'nano_char'}), made
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_nanogpt_checkpoints_sample_and_train_here(folder, bias):
+    home = folder / f'nanogpt{bias}'
+    (home / 'out').mkdir(parents=True)
+    (home / 'data/nano_char').mkdir(parents=True)
+    characters = ''.join(map(chr, range(10, 75)))
+    text = np.frombuffer((characters * 4).encode(), dtype=np.uint8) - 10
+    for split in ('train', 'val'):
+        text.astype('<u2').tofile(home / f'data/nano_char/{split}.bin')
+    contents, made = nanogpt(bias=bias)
+    torch.save(contents, home / 'out/ckpt.pt')
+    process = run('sample.py', f'--checkpoint={home}/out', '--start=A', cwd=folder)
+    assert process.returncode == 1 and 'nothing says which characters' in process.stderr and 'Traceback' not in process.stderr
+    meta = dict(vocab_size=65, itos=dict(enumerate(characters)), stoi={c: i for i, c in enumerate(characters)})
+    (home / 'data/nano_char/meta.pkl').write_bytes(pickle.dumps(meta))
+    process = run('sample.py', f'--checkpoint={home}/out', '--start=A', '--max_new_tokens=5', cwd=folder)
+    assert process.returncode == 0 and 'parameters, step 30' in process.stderr, process.stderr
+    model, meta = load(home / 'out')
+    idx = torch.randint(65, (2, 30))
+    with torch.no_grad():
+        assert torch.equal(model(idx), made(idx)) and model.config.bias == bias
+    before = split_loss(made, text.astype(np.uint16), 64)
+    process = run('train.py', '--init_from=out', '--dataset=nano_char', '--out_dir=here', '--max_iters=6', '--batch_size=2', '--eval_interval=2',
+                  '--learning_rate=1e-2', '--warmup_iters=0', '--patience=9', '--dtype=float32', '--final_eval_tokens=0', cwd=home)
+    assert process.returncode == 0 and f'before the first step: train {before:.4f}, validation {before:.4f}' in process.stdout, process.stderr
+    assert load(home / 'here')[1]['losses']['validation'] < before and load(home / 'here')[1]['tokenizer']['characters'] == characters
+    one_line(run('train.py', '--init_from=resume', '--dataset=nano_char', '--out_dir=out', cwd=home), 1, 'a checkpoint of folio is wanted')
+
+
+def test_a_pickle_is_no_way_in(folder):
+    os.makedirs(folder / 'data/evil')
+    np.arange(60, dtype='<u2').tofile(folder / 'data/evil/train.bin')
+    (folder / 'data/evil/meta.pkl').write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    one_line(run('train.py', '--dataset=evil', '--out_dir=out/evil', cwd=folder), 1, 'meta.pkl', 'not nanoGPT')
+    assert not (folder / 'pwned').exists()
+
+
+@pytest.mark.parametrize('kind', ['model_state_dict.pth of nanoGPT', 'model.pt of nanoGPT', 'model.pt of Hugging Face'])
+def test_bare_weights_load(tmp_path, capsys, kind):
+    name = kind.split()[0]
+    if 'nanoGPT' in kind:
+        contents, made = nanogpt(50257, n_embd=128)
+        weights = {key.removeprefix('_orig_mod.'): w for key, w in contents['model'].items()}
+        torch.save({'model_state_dict': weights} if 'pth' in kind else weights, tmp_path / name)
+    else:
+        made = theirs(tmp_path, n_embd=128)
+        torch.save(made.state_dict(), tmp_path / name)
+    if name == 'model.pt':
+        (tmp_path / 'config.json').write_text(json.dumps(dict(vocab_size=50257, n_embd=128, n_layer=2, n_head=4 if 'Hugging' in kind else 2)))
+    model, meta = load(tmp_path / name)
+    assert ('taken for 2 of 64' in capsys.readouterr().err) == (name != 'model.pt')
+    idx = torch.randint(50257, (2, 20))
+    with torch.no_grad():
+        logits = made(idx)
+        assert (model(idx) - getattr(logits, 'logits', logits)).abs().max() < 1e-4
+    assert meta['tokenizer']['name'] == 'gpt2'
+
+
+@pytest.fixture(scope='session')
+def whole(tmp_path_factory):
+    """A small model in Hugging Face's format, with GPT-2's vocabulary."""
+    pytest.importorskip('safetensors', reason='pip install safetensors')
+    path = tmp_path_factory.mktemp('whole')
+    save(path / 'model.pt', GPT(GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=8)), GPT2Tokenizer().meta, step=1)
+    process = run('quantize.py', '--format=hf', '--checkpoint=model.pt', cwd=path)
+    assert process.returncode == 0, process.stderr
+    return path / 'hf'
+
+
+def with_header(header):
+    return lambda file: len(header).to_bytes(8, 'little') + header
+
+
+@pytest.mark.parametrize('file, change, words', [
+    ('config.json', dict(model_type='llama'), "model_type 'llama'"), ('config.json', dict(n_layer=10**9), 'n_layer 1000000000'),
+    ('config.json', dict(n_head=3), 'n_head 3'), ('config.json', dict(n_positions=10**12), 'n_positions'), ('config.json', dict(n_head='x'), 'damaged'),
+    ('config.json', dict(activation_function='gelu'), "'gelu'"), ('config.json', b'{', 'config.json is damaged'),
+    ('config.json', dict(folio=7), 'damaged'), ('vocab.json', {f'token {i}': i for i in range(50257)}, "vocabulary is not GPT-2's"),
+    ('model.safetensors', lambda file: file[:-50], 'damaged'), ('model.safetensors', lambda file: file[:50], 'damaged'), ('model.safetensors', b'', 'damaged'),
+    ('model.safetensors', lambda file: (2**43).to_bytes(8, 'little') + file[8:], 'damaged'),
+    ('model.safetensors', with_header(json.dumps({'wte.weight': dict(dtype='F32', shape=[10**9, 10**6], data_offsets=[0, 4 * 10**15])}).encode()), 'damaged'),
+    ('weights', {'h.1.mlp.c_fc.weight': None}, 'lacks h.1.mlp.c_fc.weight'), ('weights', {'wte.weight': None}, 'lacks wte.weight'),
+    ('weights', {'h.1.mlp.c_fc.weight': torch.zeros(8, 9)}, r'h.1.mlp.c_fc.weight is \(9, 8\)'), ('weights', {'wpe.weight': torch.zeros(16)}, 'wpe.weight is'),
+    ('weights', {'wte.weight': torch.zeros(())}, 'damaged'), ('weights', {'ln_f.bias': torch.zeros(8, dtype=torch.int8)}, 'ln_f.bias is .* of int8'),
+    ('weights', {'h.0.crossattention.q_attn.weight': torch.zeros(8, 8)}, "is not GPT-2's")], ids=lambda value: value if isinstance(value, str) else '')
+def test_bad_hugging_face_folders_are_refused(whole, tmp_path, file, change, words):
+    from safetensors.torch import load_file, save_file
+    out = tmp_path / 'hf'
+    shutil.copytree(whole, out)
+    if file == 'weights':
+        weights = load_file(out / 'model.safetensors')
+        weights.update({f'transformer.{name}': w for name, w in change.items()})
+        save_file({name: w for name, w in weights.items() if w is not None}, out / 'model.safetensors')
+    elif isinstance(change, dict):
+        (out / file).write_text(json.dumps({**json.loads((out / file).read_text()), **change} if file == 'config.json' else change))
+    else:
+        (out / file).write_bytes(change((out / file).read_bytes()) if callable(change) else change)
+    with pytest.raises(ValueError, match=words):
+        load(out)
+    if file == 'config.json':
+        one_line(run('train.py', '--init_from=hf', '--out_dir=out', cwd=tmp_path), 1, 'train.py: ', 'hf')
+
+
+def test_without_safetensors_the_error_is_its_command(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, 'HAS_SAFETENSORS', False)
+    with pytest.raises(ValueError, match='pip install safetensors'):
+        load(whole)
+    shutil.copytree(whole, tmp_path / 'hf')
+    torch.save(load_weights(whole), tmp_path / 'hf/pytorch_model.bin')
+    assert load(tmp_path / 'hf')[1]['path'].endswith('pytorch_model.bin')
+
+
+def load_weights(path):
+    from safetensors.torch import load_file
+    return load_file(path / 'model.safetensors')
+
+
+@pytest.mark.parametrize('repository', ['gpt2', 'someone/their-gpt2'])
+def test_a_hub_id_is_loaded_from_its_cache_or_refused(folder, whole, tmp_path, monkeypatch, repository):
+    pytest.importorskip('huggingface_hub', reason='pip install gradio')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
+    args = ['--init_from=' + repository, '--out_dir=out/hub' + repository.replace('/', '_'), '--dataset=bpe', '--seq_len=16', '--max_iters=2', '--batch_size=2']
+    process = run('train.py', 'config/finetune.py', *args, cwd=folder)
+    one_line(process, 1, repository, 'not to be had from the Hub', 'connect')
+    cache = tmp_path / f"models--{repository.replace('/', '--')}"
+    (cache / 'refs').mkdir(parents=True)
+    (cache / 'refs/main').write_text('1' * 40)
+    shutil.copytree(whole, cache / 'snapshots' / ('1' * 40))
+    process = run('train.py', 'config/finetune.py', *args, '--eval_interval=1', '--final_eval_tokens=100', cwd=folder)
+    assert process.returncode == 0 and 'before the first step' in process.stdout and 'parameters, step 1' in process.stderr, process.stderr
+    process = run('quantize.py', f'--checkpoint={repository}', cwd=folder)
+    assert process.returncode == 0 and (folder / 'out' / os.path.basename(repository) / 'model_int8.pt').exists(), process.stderr
+
+
+def test_fine_tuning_keeps_the_best_and_warns(folder):
+    """From a model that knows its text, at a rate that ruins it: best.pt is the parent, and one is told to deploy that."""
+    args = [*TINY_RUN, '--dataset=wide', '--n_embd=128', '--max_iters=200', '--learning_rate=5e-3', '--warmup_iters=1', '--val_fraction=0.2', '--eval_interval=50']
+    process = run('train.py', *args, '--out_dir=out/parent', cwd=folder)
+    assert process.returncode == 0 and 'learnt by heart' in process.stdout, process.stderr
+    process = run('train.py', *args, '--init_from=out/parent', '--out_dir=out/ruined', '--learning_rate=1', '--min_lr=1', '--eval_interval=2',
+                  '--patience=2', '--grad_clip=0', cwd=folder)
+    assert process.returncode == 0 and 'no better validation loss in 2 evaluations' in process.stdout, process.stderr
+    assert 'validation at step 0, kept in' in process.stdout and '--checkpoint=out/ruined/best.pt' in process.stdout
+    parent, best = load(folder / 'out/parent')[0], load(folder / 'out/ruined/best.pt')[0]
+    assert all(torch.equal(a, b) for a, b in zip(parent.parameters(), best.parameters()))
 
 
 # tokens ---------------------------------------------------------------------------------------------------------------
