@@ -1,7 +1,7 @@
 """
 GPT-2: the network, its KV cache, generation, loading and saving. Reads and imports alone; import has no side effects.
 
-    model, meta = load('out')                                          # a file, or a folder's newest
+    model, meta = load('out')                                          # a file, a folder's newest, Hugging Face's or nanoGPT's
     for tokens in model.generate(torch.tensor([[50256]]), 20): ...     # one id a text a step
 
 The network is OpenAI's (https://github.com/openai/gpt-2, src/model.py), with its names. Shapes in comments:
@@ -852,7 +852,7 @@ def read_torch(path, check=True):
             contents = torch.load(path, map_location='cpu', weights_only=True)
         return contents
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError):
-        raise ValueError(f'{path}: damaged, or no model file that folio reads; train again, or name another file') from None
+        raise ValueError(f'{path}: damaged, or not the plain tensors and values that folio reads; save the state_dict() alone, or name another file') from None
 
 
 # weights in Hugging Face's format, in the order of preference; the json says which shards there are
@@ -966,7 +966,7 @@ def imported(contents, path):
         if said.get(key, values[0]) not in values:
             raise ValueError(f'{path}: no GPT-2: its config says {key} {said[key]!r}, where folio has {values[0]!r}; name another')
     facts = said.get('folio', {})  # of quantize.py --format=hf
-    run = contents['config'] if 'model_args' in contents else facts
+    run = contents.get('config', {}) if 'model_args' in contents else facts
     step = contents.get('iter_num', facts.get('step', 0))
     weights = take_weights(path, next((contents[key] for key in ('model', 'model_state_dict', 'state_dict') if key in contents), contents))
     if facts and not facts['config']['bias']:  # Hugging Face's always has them
