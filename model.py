@@ -15,8 +15,8 @@ import hashlib
 import importlib.util
 import json
 import math
+import operator
 import os
-import pickle
 import platform
 import re
 import sys
@@ -825,7 +825,7 @@ def read(path, check=True, kind=''):
         contents = read_shards(path) if path.endswith(('.safetensors', '.json')) else read_torch(path, check)
         if isinstance(contents, dict) and 'format_version' not in contents:
             contents = imported(contents, path)
-    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, UnicodeError) as error:
         raise ValueError(f'{path}: damaged, or no model that folio reads ({error}); name another') from None
     if not isinstance(contents, dict) or contents.get('format_version') != FORMAT_VERSION:
         version = contents.get('format_version') if isinstance(contents, dict) else None
@@ -841,6 +841,7 @@ def read(path, check=True, kind=''):
 
 def read_torch(path, check=True):
     """What torch.save wrote, plain values alone. Raises ValueError for anything else; see read()."""
+    open(path, 'rb').close()  # where it may not be read, that is said
     try:
         zipped = zipfile.is_zipfile(path)  # before torch 1.6 it was none: GPT-2's own pytorch_model.bin
         if zipped and check:
@@ -848,10 +849,11 @@ def read_torch(path, check=True):
                 if z.testzip():
                     raise zipfile.BadZipFile
         contents = torch.load(path, map_location='cpu', mmap=zipped, weights_only=True)
-        if zipped and check and not (isinstance(contents, dict) and 'optimizer' in contents):  # nanoGPT's, twice the weights, stays on disk
+        # off the map, whose pages count as memory; but nanoGPT's optimizer, twice its weights, stays on disk
+        if zipped and check and not (isinstance(contents, dict) and 'optimizer' in contents):
             contents = torch.load(path, map_location='cpu', weights_only=True)
         return contents
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AttributeError, TypeError):
+    except Exception:  # damaged pickles raise nearly all there is
         raise ValueError(f'{path}: damaged, or not the plain tensors and values that folio reads; save the state_dict() alone, or name another file') from None
 
 
@@ -866,7 +868,9 @@ def local(path):
     of its model's files: folio's, else Hugging Face's.
     """
     owner = os.path.dirname(path)
-    if os.path.exists(path) or path not in GPT2_NAMES and (not owner or os.path.dirname(owner) or os.path.isdir(owner)):
+    is_id = path in GPT2_NAMES or owner and not (owner == 'out' or os.path.dirname(owner) or os.path.isdir(owner) or
+                                                 path.endswith(('.pt', '.pth', '.bin', '.json', '.safetensors')))
+    if os.path.exists(path) or not is_id:
         return path
     try:
         from huggingface_hub import snapshot_download  # Gradio brings it
@@ -877,14 +881,14 @@ def local(path):
                 break
         return folder
     except Exception as error:
-        reason = str(error).strip().splitlines()[0].split('. ')[0][:200]
+        reason = (' '.join(str(error).split()) or type(error).__name__).split('. ')[0][:200]
         raise FileNotFoundError(f'{path}: no such file or folder here, and not to be had from the Hub ({reason}); '
                                 f'connect, or name a model file or folder that is here') from None
 
 
 def find(path):
     """The model file that `path` means: itself, or of a folder model.pt or ckpt.pt, whichever has more steps, or, where
-    it has neither, Hugging Face's weights, or the newest run's in its subfolders; see local() for a Hub repository.
+    it has neither, Hugging Face's weights beside a config.json, or the newest run's in its subfolders; see local() for a Hub repository.
     Raises FileNotFoundError where there is none.
     """
     path = local(os.fspath(path))
@@ -898,7 +902,7 @@ def find(path):
     if files:
         return max(files, key=lambda file: read(file, check=False)['step']) if len(files) > 1 else files[0]
     for name in WEIGHTS if HAS_SAFETENSORS else WEIGHTS[2:] + WEIGHTS[:2]:
-        if os.path.exists(os.path.join(path, name)):
+        if os.path.exists(os.path.join(path, name)) and os.path.exists(os.path.join(path, 'config.json')):
             return os.path.join(path, name)
     runs = [entry.path for entry in os.scandir(path) if entry.is_dir()]
     files = [file for run in runs for name in ('model.pt', 'ckpt.pt') if os.path.exists(file := os.path.join(run, name))]
@@ -911,7 +915,8 @@ def find(path):
 def load(path, device='cpu'):
     """(model, meta) from a model file or folder; see find(). meta is all the file says, with `path`, weights aside.
 
-    The model is in eval mode, its floats in float32. Raises FileNotFoundError, or ValueError for a file that is not whole.
+    The model is in eval mode, its floats in float32. The tokenizer of nanoGPT's char models is without its characters, which
+    prepare.get_tokenizer() finds. Raises FileNotFoundError, or ValueError for a file that is not whole.
     """
     path = find(path)
     contents = read(path)
@@ -973,12 +978,11 @@ def imported(contents, path):
         weights = {name: w for name, w in weights.items() if not name.endswith('bias')}
 
     (V, C), T = map(weights['wte.weight'].size, (0, 1)), weights['wpe.weight'].size(0)
-    is_gpt2 = 50257 <= V <= 50304  # padding
-    n_head = said.get('n_head')
-    if n_head is None:
-        n_head = max(C // 64, 1)
-        print(f'{folder or "."}: no config.json says how many heads a layer has; taken for {n_head} of {C // n_head}, as in GPT-2', file=sys.stderr)
+    is_gpt2 = 50257 <= V <= 50304
+    if 50257 < V < 50304:
+        print(f"{path}: {V - 50257} token ids past GPT-2's 50,257 are taken for padding", file=sys.stderr)
     try:
+        n_head = int(said['n_head'] if 'n_head' in said else guess_heads(path, C))
         config = GPTConfig(block_size=T, vocab_size=50257 if is_gpt2 else V, n_layer=len({name.split('.')[1] for name in weights if name[0] == 'h'}),
                            n_head=n_head, n_embd=C, bias='ln_f.bias' in weights)
     except ValueError as error:
@@ -996,6 +1000,8 @@ def imported(contents, path):
         w = weights[name].t() if transposed and re.search(r'c_\w+\.weight', name) else weights[name]
         if w.shape != shape or not w.is_floating_point():
             raise ValueError(f'{path}: {name} is {tuple(w.shape)} of {str(w.dtype)[6:]}, where floats of {tuple(shape)} belong')
+        if not w.isfinite().all():
+            raise ValueError(f'{path}: {name} is not finite: the training had blown up; take an earlier model')
         weights[name] = w.clone(memory_format=torch.contiguous_format)
     if set(weights) - set(shapes):
         raise ValueError(f"{path}: {min(set(weights) - set(shapes))} is not GPT-2's")
@@ -1005,10 +1011,18 @@ def imported(contents, path):
     if tokenizer['name'] == 'gpt2' and not has_gpt2_vocabulary(folder):
         raise ValueError(f"{path}: its vocabulary is not GPT-2's, and folio has no other of {V:,} tokens")
     if tokenizer['name'] == 'char' and 'characters' not in tokenizer:  # prepare.get_tokenizer() looks for them there
-        tokenizer['folders'] = [folder, os.path.join('data', dataset), os.path.join(folder, '..', 'data', dataset)]
+        tokenizer['folders'] = [folder, os.path.join(folder, '..', 'data', dataset), os.path.join('data', dataset)]
     return {'format_version': FORMAT_VERSION, 'kind': 'model', 'config': dataclasses.asdict(config), 'tokenizer': tokenizer,
-            'dataset': dataset, 'trained_context': min(max(int(facts.get('trained_context', T)), 1), T), 'step': int(step),
+            'dataset': dataset, 'trained_context': min(max(facts.get('trained_context', T), 1), T), 'step': operator.index(step),
             'losses': facts.get('losses', {}), 'made_by': facts.get('made_by', path), 'model': weights}
+
+
+@functools.cache  # said once
+def guess_heads(path, C):
+    n_head = max(C // 64, 1)
+    print(f'{path}: no config.json says how many heads a layer has; taken for {n_head} of {C // n_head}, as in GPT-2. '
+          'Where that is wrong, put a config.json with n_head beside it', file=sys.stderr)
+    return n_head
 
 
 def take_weights(path, source):
@@ -1033,10 +1047,13 @@ def read_shards(path):
         weights = {}
         for shard in sorted(set(read_json(folder, file).get('weight_map', {}).values())):
             shard = os.path.join(folder, os.path.basename(shard))
+            if not os.path.isfile(shard):
+                raise ValueError(f'{path}: {shard} is not there; get it again')
             weights.update(read_shards(shard) if shard.endswith('.safetensors') else read_torch(shard))
         return weights
     if not HAS_SAFETENSORS:
         raise ValueError(f'{path}: pip install safetensors, which reads this')
+    open(path, 'rb').close()  # as in read_torch
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, 'pt') as f:

@@ -121,8 +121,9 @@ def find_characters(folders, vocab_size):
                 continue
             if len(characters) == vocab_size:
                 return characters
-    raise ValueError(f"the model has a vocabulary of {vocab_size:,}, which is not GPT-2's, and nothing says which characters these are: "
-                     f"no meta.json or meta.pkl of as many in {', '.join(map(os.path.normpath, folders))}; put its data's there")
+    raise ValueError(f"the model has a vocabulary of {vocab_size:,}, which is not GPT-2's, and nothing says which characters it is: "
+                     f"no meta.json or meta.pkl of as many in {', '.join(map(os.path.normpath, folders))}; put its data's there. "
+                     f'Other vocabularies folio does not read')
 
 
 def read_meta(path):
@@ -152,7 +153,7 @@ def read_nanogpt_meta(path):
         if made.characters != characters:
             raise ValueError
         return {'tokenizer': made.meta}
-    except (pickle.UnpicklingError, ValueError, KeyError, TypeError, AttributeError, EOFError, IndexError):
+    except (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError):
         raise ValueError(f"{path}: not nanoGPT's vocabulary of single characters in their order; prepare the data again with prepare.py") from None
 
 
@@ -294,23 +295,24 @@ def check_dataset(dataset):
         raise ValueError("give the name of a folder below data/, such as 'shakespeare'")
 
 
-def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1, special_tokens=False):
+def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1, special_tokens=False, characters=''):
     """Turn text into data/<dataset>/; return its meta. Nothing there changes before the new files are whole.
 
     The last `val_fraction` of the characters is cut off before tokenizing. Documents (files) are joined by the
-    tokenizer's document end, or by a newline where it has none. Raises ValueError or OSError for input it cannot take.
+    tokenizer's document end, or by a newline where it has none. A char vocabulary is of `characters`, or else of the text's. Raises ValueError or OSError for input it cannot take.
     """
     folder = os.path.join('data', dataset)
     files = find_files(input)
-    began, characters, total = time.time(), set(), 0
+    began, found, total = time.time(), set(), 0
     joiner = '\n' if tokenizer == 'char' else None
     for text in read_documents(files, joiner):
         total += len(text or '')
         if tokenizer == 'char':
-            characters.update(text)
+            found.update(text)
     if not total:
         raise ValueError(f'{input}: empty, so there is nothing to learn; name a text with --input')
-    tok = get_tokenizer({'name': tokenizer, 'characters': characters})
+    tok = get_tokenizer({'name': tokenizer, 'characters': characters or found})
+    tok.encode(''.join(sorted(found)))  # a character that is not among them is refused before anything is written
     cut = int(total * (1 - val_fraction))
     if not cut:
         raise ValueError(f'{input}: {total} characters less val_fraction {val_fraction} leave none to train on')

@@ -8,10 +8,12 @@ $ python quantize.py --format=hf          # -> out/hf/, for transformers, llama.
 $ python quantize.py --checkpoint=out/quickstart
 """
 import dataclasses
+import glob
 import importlib.util
 import json
 import os
 import re
+import shlex
 import sys
 import time
 
@@ -68,6 +70,12 @@ def convert(weights, dtype):
             raise ValueError(f'{name} has weights of up to {w.abs().max():.3g}, too large for {dtype}; take --dtype=bfloat16')
 
 
+def size(path):
+    """Bytes of a model's file, or of its shards."""
+    start, sharded, _ = path.partition('.index.json')
+    return sum(map(os.path.getsize, glob.glob(glob.escape(start).replace('.', '-*.')))) if sharded else os.path.getsize(path)
+
+
 def measure(model, name, tokens, eval_tokens, start):
     """The loss over tokens (None: unknown), and tokens/s of one text and of eight."""
     loss = None if tokens is None else split_loss(model, tokens, model.trained_context, eval_tokens, progress(f'loss in {name}'))
@@ -87,7 +95,7 @@ def measure(model, name, tokens, eval_tokens, start):
 def write_hugging_face(folder, config, weights, dtype, facts):
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, of a model's weights, a dict.
 
-    The config.json, which makes a folder whole, comes last, and an old one goes first. `facts` are what a model file says
+    The config.json, without which a folder is no model, comes last; an old one, and what else an older model left, goes first. `facts` are what a model file says
     beside the weights; they stand in config.json under 'folio', so that nothing is lost on the way back.
     """
     from safetensors.torch import save as to_bytes
@@ -108,8 +116,10 @@ def write_hugging_face(folder, config, weights, dtype, facts):
              'generation_config.json': dict(ends, pad_token_id=tokenizer.eot), **tokenizer_files(tokenizer, facts['trained_context']),
              'config.json': theirs}
     os.makedirs(folder, exist_ok=True)
-    if os.path.exists(os.path.join(folder, 'config.json')):
-        os.remove(os.path.join(folder, 'config.json'))
+    for pattern in ('config.json', 'model*.safetensors*', 'pytorch_model*.bin*', 'vocab.json', 'merges.txt'):
+        for old in glob.glob(os.path.join(glob.escape(folder), pattern)):
+            if pattern == 'config.json' or os.path.basename(old) not in files:
+                os.remove(old)
     for name, content in files.items():
         if isinstance(content, dict):
             content = json.dumps(content, indent=1)
@@ -210,7 +220,9 @@ if __name__ == '__main__':
     keep_freed_memory()
     path = find(checkpoint)
     print(path, file=sys.stderr)
-    source = read(path, check=False)  # what load() looks into, is not brought into memory here
+    if sidecars and (format == 'hf' or not path.endswith('.pt')):
+        fail("--sidecars: its config.json would stand where Hugging Face's does; leave it away, or copy the model to another folder", 2)
+    source = read(path, check=False)  # of a .pt file, without bringing the tensors into memory
     if source['config'].get('quantized'):
         fail(f"{path}: {source['config']['quantized']} already; name the model that it was made from")
     folder, file = os.path.split(path)
@@ -243,7 +255,7 @@ if __name__ == '__main__':
     del model
     began = time.perf_counter()
     model, _ = load(path)
-    sizes, loads = [os.path.getsize(path)], [time.perf_counter() - began]
+    sizes, loads = [size(path)], [time.perf_counter() - began]
     before = model.config
     first = measure(model, name, tokens, eval_tokens, tokenizer.start)
 
@@ -270,7 +282,7 @@ if __name__ == '__main__':
                 f.write(json.dumps(content, indent=1).encode())
     began = time.perf_counter()
     load(target)
-    sizes.append(os.path.getsize(find(target)))
+    sizes.append(size(find(target)))
     loads.append(time.perf_counter() - began)
 
     print(f"{'':20s}{name:>12s}{dtype:>12s}")
@@ -280,4 +292,6 @@ if __name__ == '__main__':
     for i, row in ((1, 'tokens/s, one text'), (2, 'tokens/s, eight')):
         print(f'{row:20s}{first[i]:12.1f}{second[i]:12.1f}')
     print(f"{'load, s':20s}{loads[0]:12.2f}{loads[1]:12.2f}")
-    print(f'{path} -> {target}, converted in {converting:.1f} s. Now: python sample.py --checkpoint={target}')
+    print(f'{path} -> {target}, converted in {converting:.1f} s. Now: python sample.py --checkpoint={shlex.quote(target)}')
+    if format == 'hf' and tokenizer.eot is None:
+        print('Its tokenizer is of single characters: transformers leaves out those that it does not know, and llama.cpp has no such kind')

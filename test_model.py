@@ -615,6 +615,20 @@ def test_hugging_face_and_back(tmp_path, shape, dtype):
 def test_what_hugging_face_has_no_form_for(folder):
     one_line(run('quantize.py', '--format=hf', '--dtype=int8', cwd=folder), 2, 'int8', 'float32 or bfloat16')
     one_line(run('quantize.py', '--format=gguf', cwd=folder), 2, 'folio, hf')
+    process = run('quantize.py', '--format=hf', '--sidecars', '--checkpoint=out/tiny', cwd=folder)
+    assert process.returncode == 2 and "--sidecars: its config.json would stand where Hugging Face's does" in process.stderr
+    assert not (folder / 'out/tiny/config.json').exists()
+
+
+def test_an_export_leaves_nothing_of_the_one_before(folder):
+    shutil.copytree(folder / 'out/tiny', folder / 'out/twice')
+    (folder / 'out/twice/hf').mkdir()
+    for name in ('model-00001-of-00002.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'merges.txt', 'mine.txt'):
+        (folder / 'out/twice/hf' / name).write_text('{}')
+    process = run('quantize.py', '--format=hf', '--checkpoint=out/twice', cwd=folder)
+    assert process.returncode == 0 and 'transformers leaves out those' in process.stdout, process.stderr
+    assert sorted(os.listdir(folder / 'out/twice/hf')) == ['README.md', 'config.json', 'generation_config.json', 'mine.txt', 'model.safetensors',
+                                                           'tokenizer.json', 'tokenizer_config.json']
 
 
 def nanogpt(vocab_size=65, **shape):
@@ -703,7 +717,7 @@ def with_header(header):
 
 @pytest.mark.parametrize('file, change, words', [
     ('config.json', dict(model_type='llama'), "model_type 'llama'"), ('config.json', dict(n_layer=10**9), 'n_layer 1000000000'),
-    ('config.json', dict(n_head=3), 'n_head 3'), ('config.json', dict(n_positions=10**12), 'n_positions'), ('config.json', dict(n_head='x'), 'damaged'),
+    ('config.json', dict(n_head=3), 'n_head 3'), ('config.json', dict(n_positions=10**12), 'n_positions'), ('config.json', dict(n_head='x'), "'x'"),
     ('config.json', dict(activation_function='gelu'), "'gelu'"), ('config.json', b'{', 'config.json is damaged'),
     ('config.json', dict(folio=7), 'damaged'), ('vocab.json', {f'token {i}': i for i in range(50257)}, "vocabulary is not GPT-2's"),
     ('model.safetensors', lambda file: file[:-50], 'damaged'), ('model.safetensors', lambda file: file[:50], 'damaged'), ('model.safetensors', b'', 'damaged'),
@@ -711,7 +725,7 @@ def with_header(header):
     ('model.safetensors', with_header(json.dumps({'wte.weight': dict(dtype='F32', shape=[10**9, 10**6], data_offsets=[0, 4 * 10**15])}).encode()), 'damaged'),
     ('weights', {'h.1.mlp.c_fc.weight': None}, 'lacks h.1.mlp.c_fc.weight'), ('weights', {'wte.weight': None}, 'lacks wte.weight'),
     ('weights', {'h.1.mlp.c_fc.weight': torch.zeros(8, 9)}, r'h.1.mlp.c_fc.weight is \(9, 8\)'), ('weights', {'wpe.weight': torch.zeros(16)}, 'wpe.weight is'),
-    ('weights', {'wte.weight': torch.zeros(())}, 'damaged'), ('weights', {'ln_f.bias': torch.zeros(8, dtype=torch.int8)}, 'ln_f.bias is .* of int8'),
+    ('weights', {'wte.weight': torch.zeros(())}, 'damaged'), ('weights', {'h.1.ln_1.bias': torch.full((8,), math.nan)}, 'h.1.ln_1.bias is not finite'), ('weights', {'ln_f.bias': torch.zeros(8, dtype=torch.int8)}, 'ln_f.bias is .* of int8'),
     ('weights', {'h.0.crossattention.q_attn.weight': torch.zeros(8, 8)}, "is not GPT-2's")], ids=lambda value: value if isinstance(value, str) else '')
 def test_bad_hugging_face_folders_are_refused(whole, tmp_path, file, change, words):
     from safetensors.torch import load_file, save_file
@@ -772,6 +786,15 @@ def test_fine_tuning_keeps_the_best_and_warns(folder):
                   '--patience=2', '--grad_clip=0', cwd=folder)
     assert process.returncode == 0 and 'no better validation loss in 2 evaluations' in process.stdout, process.stderr
     assert 'validation at step 0, kept in' in process.stdout and '--checkpoint=out/ruined/best.pt' in process.stdout
+    (folder / 'mine.txt').write_text('The cat sat.\n' * 40)
+    args = ['--init_from=auto:out/parent', '--input=mine.txt', '--dataset=mine', '--out_dir=out/mine', '--batch_size=4', '--eval_interval=1', '--log_interval=1']
+    for steps, words in ((2, 'a new run from out/parent'), (4, 'step 2, up to step 4')):  # in the parent's characters, then on
+        process = run('train.py', *args, f'--max_iters={steps}', cwd=folder)
+        assert process.returncode == 0 and words in process.stdout, process.stderr
+    assert load(folder / 'out/mine')[1]['tokenizer'] == load(folder / 'out/parent')[1]['tokenizer']
+    (folder / 'mine.txt').write_text('The cat @')
+    process = run('train.py', *args, '--out_dir=out/refused', '--dataset=refused', cwd=folder)
+    assert process.returncode == 1 and "'@' is not in the char vocabulary" in process.stderr and not (folder / 'data/refused').exists()
     parent, best = load(folder / 'out/parent')[0], load(folder / 'out/ruined/best.pt')[0]
     assert all(torch.equal(a, b) for a, b in zip(parent.parameters(), best.parameters()))
 
@@ -1188,7 +1211,7 @@ def test_a_signal_saves_within_two_seconds_even_in_a_long_step(folder):
             '--gradient_accumulation_steps=2000', '--dtype=float32', '--out_dir=out/long']
     process = subprocess.Popen([sys.executable, os.path.join(HERE, 'train.py'), *args], cwd=folder, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
-    while 'a new run' not in process.stdout.readline():
+    while 'a new run from scratch' not in process.stdout.readline():
         pass
     time.sleep(1)
     began = time.time()

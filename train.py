@@ -31,7 +31,7 @@ from prepare import check_dataset, find_files, get_tokenizer, load_data, prepare
 
 # run
 out_dir = 'out'                  # folder of checkpoints, model and log; empty = write nothing
-init_from = 'scratch'            # scratch, resume, auto (resume what is there, else start), gpt2 … gpt2-xl, a path or a Hub id
+init_from = 'scratch'            # scratch, resume, gpt2 … gpt2-xl, a path or Hub id; auto, auto:gpt2 … (resume what is there, else start)
 overwrite = False                # start over where a run already is
 # data
 input = 'input.txt'              # UTF-8 text, prepared when data/<dataset>/ is not there: a file, a folder or a glob
@@ -103,8 +103,8 @@ if not master:
 # -- the run: start over, go on, or refuse -----------------------------------------------------------------------------
 files = {name: os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt', 'model.pt', 'log.csv')}
 there = [path for path in files.values() if os.path.exists(path)] if out_dir else []
-if init_from == 'auto':
-    init_from = 'resume' if files['ckpt.pt'] in there else 'scratch'
+if init_from.split(':')[0] == 'auto':
+    init_from = 'resume' if files['ckpt.pt'] in there else init_from[5:] or 'scratch'
     overwrite |= files['model.pt'] not in there  # killed before its first checkpoint: nothing to keep
 checkpoint = None
 if init_from == 'resume':
@@ -118,10 +118,11 @@ if init_from == 'resume':
         if key not in given and key in settings and key not in ('out_dir', 'init_from', 'overwrite'):
             settings[key] = globals()[key] = value
 elif there and not overwrite:
-    fail(f"{', '.join(there)}: a run is already there; --init_from=resume goes on with it, --overwrite replaces it, "
-         f'--out_dir=out/another keeps it')
+    fail(f"{', '.join(there)}: a run is already there; {'--init_from=resume goes on with it, ' if files['ckpt.pt'] in there else ''}"
+         f'--overwrite replaces it, --out_dir=out/another keeps it')
 
 keep_freed_memory()
+characters = ''  # of a parent's char vocabulary
 if init_from not in ('scratch', 'resume'):
     parent, parent_meta = load(init_from)
     if parent.config.quantized:
@@ -132,6 +133,12 @@ if init_from not in ('scratch', 'resume'):
         if key in given and settings[key] != getattr(parent.config, key):
             fail(f'--{key}={settings[key]}: {init_from} has {getattr(parent.config, key)}; leave it away', 2)
         settings[key] = globals()[key] = getattr(parent.config, key)
+    if 'tokenizer' not in given:
+        settings['tokenizer'] = tokenizer = parent_meta['tokenizer']['name']
+    try:
+        characters = get_tokenizer(parent_meta['tokenizer']).meta.get('characters', '')
+    except ValueError:  # nanoGPT's, whose characters may be in the data to come
+        pass
 
 accumulation, rows = gradient_accumulation_steps, batch_size  # this rank's share
 if accumulation % ranks == 0:
@@ -149,7 +156,7 @@ if ranks > 1:
     if not master:  # the others wait for the data
         store.wait(['data'], datetime.timedelta(days=1))
 if master and not os.path.exists(f'data/{dataset}/train.bin'):
-    prepare(input, dataset, tokenizer, val_fraction)
+    prepare(input, dataset, tokenizer, val_fraction, characters=characters)
 if ranks > 1:
     store.set('data', 'prepared')
     dist.init_process_group('nccl' if torch.cuda.is_available() and device in ('auto', 'cuda') else 'gloo',
@@ -242,8 +249,6 @@ else:
     model = parent.to(device)
     if get_tokenizer(parent_meta['tokenizer']).meta != data_meta['tokenizer']:
         fail(f"{init_from} reads tokenizer {parent_meta['tokenizer']['name']}, and data/{dataset} is in another; {way_out}")
-    if T > block_size:
-        fail(f'--seq_len={T}: {init_from} has {block_size} positions; give --seq_len={block_size} or less', 2)
     model.trained_context = max(T, model.trained_context)
     for module in model.modules():
         if hasattr(module, 'dropout'):
@@ -272,7 +277,8 @@ if compile == 'True' or compile == 'auto' and device_type == 'cuda':
 
 # -- the state of the run, all of it, and how it is kept ---------------------------------------------------------------
 state = dict(step=0, seconds=0.0, log_bytes=0, logged_step=0, loss_sum=0.0, loss_count=0, tokens=0, recent=[], first_loss=0.0,
-             best_loss=math.inf, grad_norm=0.0, best_val=math.inf, best_val_step=0, bad_evals=0, passed={}, losses={})
+             best_loss=math.inf, grad_norm=0.0, best_val=math.inf, best_val_step=0, bad_evals=0, passed={}, losses={},
+             tuned=init_from not in ('scratch', 'resume'))
 if checkpoint:
     state = checkpoint['state']
     for one, kept in zip(optimizers, checkpoint['optimizers']):
@@ -459,23 +465,24 @@ print(f'{raw_model.num_params():,} parameters on {f"{ranks} x " if ranks > 1 els
 print(f'data/{dataset}: {len(train_tokens):,} training tokens, {0 if val_tokens is None else len(val_tokens):,} for validation'
       f'{" (none: the training split stands in)" if val_tokens is None else ""}; '
       f'{batch_size} x {T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
-print(f"{out_dir or 'nothing written'}: {'step ' + format(state['step'], ',') if init_from == 'resume' else 'a new run'}, up to step {max_iters:,}"
+print(f"{out_dir or 'nothing written'}: {'step ' + format(state['step'], ',') if init_from == 'resume' else f'a new run from {init_from}'}, up to step {max_iters:,}"
       + (f', or a loss under {loss_threshold}' if loss_threshold else ''))
-epochs = max_iters / epoch_steps  # the fifth adds little to what a model knows: https://arxiv.org/abs/2305.16264
+epochs = max_iters * windows_per_step / windows  # past four they add little to what a model knows: https://arxiv.org/abs/2305.16264
 if epochs > 4 and raw_model.num_params() > 10 * len(train_tokens) and not loss_threshold:
     print(f'{len(train_tokens):,} training tokens, read {epochs:.0f} times, are few for so many parameters: they will be learnt by heart. '
-          f'A longer --input or fewer --max_iters helps; best.pt is from where the validation loss was lowest')
-began = last_time = time.time()
+          'A longer --input or fewer --max_iters helps' + ('; best.pt will be from where the validation loss is lowest' if
+                                                           out_dir and eval_interval and val_tokens is not None else ''))
+began = time.time()
 last_seconds, last_tokens, first_step = state['seconds'], state['tokens'], state['step']
 flags, over, foretold = None, False, False
 sys.excepthook = on_error
-if init_from not in ('scratch', 'resume') and eval_interval:  # what there is to improve on
+if state.get('tuned') and math.isinf(state['best_val']) and eval_interval:  # what there is to improve on
     losses = both_losses()
-    state.update(losses=losses, best_val=losses['val_loss'])
     print(f"before the first step: train {losses['train_loss']:.4f}, validation {losses['val_loss']:.4f}", flush=True)
     if master and out_dir:
         save(files['best.pt'], raw_model, data_meta['tokenizer'], step=0, losses=losses, dataset=dataset, made_by=made_by)
-    last_time = time.time()
+    state.update(losses=losses, best_val=losses['val_loss'])
+began = last_time = time.time()
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
 while True:
@@ -602,7 +609,7 @@ for name, loss in final.items():
     print(f'{name:11s} {loss:.4f} over {"all " if count == len(tokens) else "the first "}{count:,} tokens, in windows of {raw_model.trained_context}'
           + (f'; greedy decoding recites {recitals[name]:.0%} of its 50-token continuations' if name in recitals else ''))
 if out_dir:
-    best = patience > 0 < state['bad_evals']  # who gives a patience is after the validation loss
+    best = patience and state['bad_evals']  # who gives a patience is after the validation loss
     path = files['best.pt'] if best else '' if out_dir == 'out' else out_dir
     print(f"{files['best.pt' if best else 'model.pt']} is what one deploys. Now: python sample.py{path and ' --checkpoint=' + shlex.quote(path)}")
     print(f"{files['log.csv']} has the curve, for a spreadsheet or gnuplot -p -e \"set datafile separator ','; "

@@ -1,5 +1,6 @@
 # Fine-tuning: a trained GPT-2 goes on with a text of yours, and the weights of the lowest validation loss are kept.
 # python train.py config/finetune.py --input=my.txt --dataset=mine
+# With --init_from=auto:gpt2 the same command goes on with what is there.
 # A step is 8,192 tokens: 12 s of GPT-2 small on two CPU cores with bf16.
 out_dir = 'out/finetune'
 init_from = 'gpt2'  # OpenAI's, from the Hub; or --init_from=a path: folio's, nanoGPT's, a folder in Hugging Face's format
