@@ -578,8 +578,8 @@ def test_hugging_face_folders_load(tmp_path, form):
     ours(torch.randint(50257, (2, 20)), torch.randint(50257, (2, 20))).backward()  # the weights are ours to train
 
 
-@pytest.mark.parametrize('shape', [WIDE, dict(WIDE, bias=False), dict(SMALL, vocab_size=65)], ids=['gpt2', 'no bias', 'char'])
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('shape, dtype', [(WIDE, 'float32'), (WIDE, 'bfloat16'), (dict(WIDE, bias=False), 'float32'), (dict(SMALL, vocab_size=65), 'float32')],
+                         ids=['gpt2', 'bfloat16', 'no bias', 'char'])
 def test_hugging_face_and_back(tmp_path, shape, dtype):
     transformers = pytest.importorskip('transformers', reason='pip install transformers')
     torch.manual_seed(4)
