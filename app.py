@@ -354,7 +354,8 @@ CSS = '''
 .text .prompt { color: var(--body-text-color-subdued) }
 .text mark { background: rgba(250, 180, 60, .35); color: inherit; border-radius: 3px }
 .text button { position: absolute; top: 8px; right: 8px; font-size: 12px; color: var(--body-text-color-subdued); cursor: pointer }
-.line { color: var(--body-text-color-subdued); font-size: 14px }
+.line { color: var(--body-text-color-subdued); font-size: 14px; min-height: 40px }
+#status [data-testid=status-tracker] { height: 70px }  /* the place in the queue */
 '''
 HEAD = '''<script>document.addEventListener('keydown', event => {
     if (event.ctrlKey && event.key === 'Enter') document.querySelector('#generate').click() })</script>'''
@@ -388,8 +389,8 @@ with gr.Blocks(title='folio', analytics_enabled=False) as page:
         rates = gr.LinePlot(x='step', y='lr', title='Learning rate', height=200)
 
     writing = gr.on([go.click, prompt.submit], show, [choice, prompt, *settings], [texts, line], api_visibility='private',
-                    concurrency_id='generate', concurrency_limit=at_once, show_progress='hidden')
-    halt.click(lambda line: line.replace('writing', 'stopped'), line, line, cancels=writing, api_visibility='private', show_progress='hidden',
+                    concurrency_id='generate', concurrency_limit=at_once, show_progress='minimal', show_progress_on=line)
+    halt.click(lambda line: (line or '').replace('writing', 'stopped'), line, line, cancels=writing, api_visibility='private', show_progress='hidden',
                queue=False)
     choice.change(describe, choice, about, api_visibility='private', show_progress='hidden', queue=False)
 

@@ -392,16 +392,20 @@ def exchange(step_loss, over):
     flags = torch.stack([torch.full((), float(flag), device=device)  # torch.tensor would wait for the device
                          for flag in (wish == signal.SIGINT, wish == signal.SIGTERM, over)])
     flat = torch.cat([grad.flatten() for grad in grads] + [step_loss[None], flags])
-    try:
-        dist.all_reduce(flat)
-    except RuntimeError as error:
-        fail(f'rank {rank} lost the others: {str(error).splitlines()[0]}')
+    sum_over_ranks(flat)
     flat /= ranks
     *parts, loss, flags = flat.split([grad.numel() for grad in grads] + [1, 3])
     for grad, part in zip(grads, parts):
         grad.copy_(part.view_as(grad))
     step_loss.copy_(loss[0])
     return flags
+
+
+def sum_over_ranks(tensor):
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:
+        fail(f'rank {rank} lost the others: {str(error).splitlines()[0]}')
 
 
 def log_row(**row):
@@ -420,16 +424,20 @@ def log_row(**row):
 
 @torch.no_grad()
 def evaluate(tokens):
-    """Mean loss over eval_iters batches of windows spread evenly over a split, always the same ones."""
+    """Mean loss over eval_iters batches of windows spread evenly over a split, always the same ones, shared by the ranks."""
     count = (len(tokens) - 1) // T
     with autocast():
         if count <= eval_iters * batch_size:
             return split_loss(raw_model, tokens.numpy(force=True), T)
         raw_model.eval()  # not the compiled one: it would be compiled a second time for this
         starts = np.linspace(0, count - 1, eval_iters * batch_size).astype(np.int64) * T
-        losses = [raw_model(*fetch(tokens, part)) for part in starts.reshape(-1, rows)]
+        parts, total = starts.reshape(-1, rows), torch.zeros((), device=device)
+        for part in parts[rank::ranks]:
+            total += raw_model(*fetch(tokens, part))
         raw_model.train()
-        return sum(torch.stack(losses).tolist()) / len(losses)
+        if ranks > 1:
+            sum_over_ranks(total)
+        return total.item() / len(parts)
 
 
 def both_losses():
