@@ -822,6 +822,8 @@ def read(path, check=True, kind=''):
     """
     path = os.fspath(path)
     try:
+        if not path.endswith('.pt'):  # before what may be a hundred GB of a Llama is read
+            check_network(path, read_json(os.path.dirname(path), 'config.json'))
         contents = read_shards(path) if path.endswith(('.safetensors', '.json')) else read_torch(path, check)
         if isinstance(contents, dict) and 'format_version' not in contents:
             contents = imported(contents, path)
@@ -962,59 +964,71 @@ def imported(contents, path):
     """read()'s contents of what another project's file holds: Hugging Face's weights, with a config.json beside them,
     nanoGPT's checkpoint, or bare weights with either's names. Raises ValueError for what is no GPT-2, or not whole, and
     much else for nonsense.
-
-    The tensors' own shapes count, and what a config claims must agree with them: a claim alone takes no memory.
     """
-    folder = os.path.dirname(path)
-    said = contents['model_args'] if 'model_args' in contents else read_json(folder, 'config.json')
-    for key, values in ONLY.items():
-        if said.get(key, values[0]) not in values:
-            raise ValueError(f'{path}: no GPT-2: its config says {key} {said[key]!r}, where folio has {values[0]!r}; name another')
+    folder, nanogpt = os.path.dirname(path), 'model_args' in contents
+    said = contents['model_args'] if nanogpt else read_json(folder, 'config.json')
+    check_network(path, said)
     facts = said.get('folio', {})  # of quantize.py --format=hf
-    run = contents.get('config', {}) if 'model_args' in contents else facts
     step = contents.get('iter_num', facts.get('step', 0))
+    dataset = (contents.get('config', {}) if nanogpt else facts).get('dataset', '')
     weights = take_weights(path, next((contents[key] for key in ('model', 'model_state_dict', 'state_dict') if key in contents), contents))
     if facts and not facts['config']['bias']:  # Hugging Face's always has them
         weights = {name: w for name, w in weights.items() if not name.endswith('bias')}
+    config = config_of(path, said, weights)
+    arrange(path, weights, config)
 
+    tokenizer = facts.get('tokenizer') or {'name': 'gpt2' if config.vocab_size == 50257 else 'char', 'vocab_size': config.vocab_size}
+    if tokenizer['name'] == 'gpt2' and not has_gpt2_vocabulary(folder):
+        raise ValueError(f"{path}: its vocabulary is not GPT-2's, and folio has no other of {config.vocab_size:,} tokens")
+    if tokenizer['name'] == 'char' and 'characters' not in tokenizer:  # prepare.get_tokenizer() looks for them there
+        tokenizer['folders'] = [folder, os.path.join(folder, '..', 'data', dataset), os.path.join('data', dataset)]
+    return {'format_version': FORMAT_VERSION, 'kind': 'model', 'config': dataclasses.asdict(config), 'tokenizer': tokenizer,
+            'dataset': dataset, 'trained_context': min(max(facts.get('trained_context', config.block_size), 1), config.block_size),
+            'step': operator.index(step), 'losses': facts.get('losses', {}), 'made_by': facts.get('made_by', path), 'model': weights}
+
+
+def check_network(path, said):
+    """Raise ValueError for a config.json's contents that are not of folio's network."""
+    for key, values in ONLY.items():
+        if said.get(key, values[0]) not in values:
+            raise ValueError(f'{path}: no GPT-2: its config says {key} {said[key]!r}, where folio has {values[0]!r}; name another')
+
+
+def config_of(path, said, weights):
+    """The GPTConfig of weights under folio's names: the tensors' own shapes count, and a claim alone takes no memory. Raises
+    ValueError where a config.json or nanoGPT's model_args, `said`, says otherwise.
+    """
     (V, C), T = map(weights['wte.weight'].size, (0, 1)), weights['wpe.weight'].size(0)
-    is_gpt2 = 50257 <= V <= 50304
+    n_layer = len({name.split('.')[1] for name in weights if name.startswith('h.')})
+    for key, value in dict(n_positions=T, block_size=T, n_embd=C, n_layer=n_layer, vocab_size=V).items():
+        if said.get(key, value) != value and (key, said[key]) != ('vocab_size', 50257):
+            raise ValueError(f'{path}: its config says {key} {said[key]}, and its tensors are of {value}')
     if 50257 < V < 50304:
         print(f"{path}: {V - 50257} token ids past GPT-2's 50,257 are taken for padding", file=sys.stderr)
     try:
         n_head = int(said['n_head'] if 'n_head' in said else guess_heads(path, C))
-        config = GPTConfig(block_size=T, vocab_size=50257 if is_gpt2 else V, n_layer=len({name.split('.')[1] for name in weights if name[0] == 'h'}),
-                           n_head=n_head, n_embd=C, bias='ln_f.bias' in weights)
+        return GPTConfig(T, 50257 if 50257 <= V <= 50304 else V, n_layer, n_head, C, bias='ln_f.bias' in weights)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
-    for key, value in dict(n_positions=T, block_size=T, n_embd=C, n_layer=config.n_layer, vocab_size=V).items():
-        if said.get(key, value) != value and (key, said[key]) != ('vocab_size', 50257):
-            raise ValueError(f'{path}: its config says {key} {said[key]}, and its tensors are of {value}')
+
+
+def arrange(path, weights, config):
+    """Bring weights into folio's layout, in memory of their own. Raises ValueError where they are not all that belong."""
     with torch.device('meta'):
         shapes = {name: p.shape for name, p in GPT(config).state_dict().items()}
-    shapes['wte.weight'] = torch.Size((V, C))
-    transposed = len(weights['h.0.attn.c_attn.weight']) == C  # Hugging Face's Conv1D
+    shapes['wte.weight'] = weights['wte.weight'].shape  # with its padding or without
+    transposed = len(weights['h.0.attn.c_attn.weight']) == config.n_embd  # Hugging Face's Conv1D
     for name, shape in shapes.items():
         if name not in weights:
             raise ValueError(f'{path}: not whole: it lacks {name}')
         w = weights[name].t() if transposed and re.search(r'c_\w+\.weight', name) else weights[name]
         if w.shape != shape or not w.is_floating_point():
             raise ValueError(f'{path}: {name} is {tuple(w.shape)} of {str(w.dtype)[6:]}, where floats of {tuple(shape)} belong')
-        if not w.isfinite().all():
+        if not torch.stack(w.aminmax()).isfinite().all():
             raise ValueError(f'{path}: {name} is not finite: the training had blown up; take an earlier model')
         weights[name] = w.clone(memory_format=torch.contiguous_format)
     if set(weights) - set(shapes):
         raise ValueError(f"{path}: {min(set(weights) - set(shapes))} is not GPT-2's")
-
-    dataset = run.get('dataset', '')
-    tokenizer = facts.get('tokenizer') or {'name': 'gpt2' if is_gpt2 else 'char', 'vocab_size': config.vocab_size}
-    if tokenizer['name'] == 'gpt2' and not has_gpt2_vocabulary(folder):
-        raise ValueError(f"{path}: its vocabulary is not GPT-2's, and folio has no other of {V:,} tokens")
-    if tokenizer['name'] == 'char' and 'characters' not in tokenizer:  # prepare.get_tokenizer() looks for them there
-        tokenizer['folders'] = [folder, os.path.join(folder, '..', 'data', dataset), os.path.join('data', dataset)]
-    return {'format_version': FORMAT_VERSION, 'kind': 'model', 'config': dataclasses.asdict(config), 'tokenizer': tokenizer,
-            'dataset': dataset, 'trained_context': min(max(facts.get('trained_context', T), 1), T), 'step': operator.index(step),
-            'losses': facts.get('losses', {}), 'made_by': facts.get('made_by', path), 'model': weights}
 
 
 @functools.cache  # said once
