@@ -194,8 +194,7 @@ def write(path, prompt, max_new_tokens, temperature, top_k, top_p, repetition_pe
         def report(ended='writing'):
             ended = [stream.ended or ended for stream in streams]
             return dict(state, texts=list(written), ended=ended, tokens=tokens, seconds=time.perf_counter() - began)
-        # a compile would be half a minute of silence; a CUDA graph is quick
-        steps = model.generate(torch.tensor([ids]), num_samples=texts, compile='False' if device == 'cpu' else 'auto', **settings)
+        steps = model.generate(torch.tensor([ids]), num_samples=texts, **settings)
         try:
             for step in steps:
                 for i, (stream, id) in enumerate(zip(streams, step.tolist())):

@@ -9,7 +9,6 @@ $ python quantize.py --checkpoint=out/quickstart
 """
 import dataclasses
 import glob
-import importlib.util
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import time
 
 import torch
 
-from model import Int4Linear, build, find, keep_freed_memory, load, progress, read, replacing, split_loss, write_atomically
+from model import HAS_SAFETENSORS, Int4Linear, build, find, keep_freed_memory, load, progress, read, replacing, split_loss, write_atomically
 from prepare import get_tokenizer, load_data
 
 
@@ -95,8 +94,9 @@ def measure(model, name, tokens, eval_tokens, start):
 def write_hugging_face(folder, config, weights, dtype, facts):
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, of a model's weights, a dict.
 
-    The config.json, without which a folder is no model, comes last; an old one, and what else an older model left, goes first. `facts` are what a model file says
-    beside the weights; they stand in config.json under 'folio', so that nothing is lost on the way back.
+    The config.json, without which a folder is no model, comes last; an old one, and what else an older model left, goes
+    first. `facts` are what a model file says beside the weights; they stand in config.json under 'folio', so that nothing
+    is lost on the way back.
     """
     from safetensors.torch import save as to_bytes
     tokenizer = get_tokenizer(facts['tokenizer'])
@@ -214,7 +214,7 @@ if __name__ == '__main__':
         dtype = 'float32'
     if format == 'hf' and dtype.startswith('int'):
         fail(f"--dtype={dtype}: Hugging Face's format has none that transformers reads; take float32 or bfloat16, or leave --format away", 2)
-    if format == 'hf' and not importlib.util.find_spec('safetensors'):
+    if format == 'hf' and not HAS_SAFETENSORS:
         fail('--format=hf wants the safetensors package: pip install safetensors')
 
     keep_freed_memory()

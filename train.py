@@ -484,7 +484,7 @@ began = time.time()
 last_seconds, last_tokens, first_step = state['seconds'], state['tokens'], state['step']
 flags, over, foretold = None, False, False
 sys.excepthook = on_error
-if state.get('tuned') and math.isinf(state['best_val']) and eval_interval:  # what there is to improve on
+if state.get('tuned') and not state['step'] and math.isinf(state['best_val']) and eval_interval:  # what there is to improve on
     losses = both_losses()
     print(f"before the first step: train {losses['train_loss']:.4f}, validation {losses['val_loss']:.4f}", flush=True)
     if master and out_dir:
