@@ -699,15 +699,17 @@ def keep_freed_memory():
 
 
 def pick_device(name='auto'):
-    """A torch device name: 'auto' takes CUDA, then Apple's MPS, then the CPU. Raises ValueError for one that is not here."""
-    if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        if name.split(':')[0] not in ('cpu', 'cuda', 'mps'):
-            raise NotImplementedError
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f'device {name!r} is not available here; leave --device away to take the best there is') from None
+    """A torch device name, CUDA's with its index: 'auto' takes CUDA, then Apple's MPS, then the CPU. Raises ValueError for
+    one that is not here.
+
+    CUDA without an index is GPU 0, or under torchrun LOCAL_RANK's. Nothing is allocated, which would open a context.
+    """
+    names = [f'cuda:{i}' for i in range(torch.cuda.device_count())] + ['mps'] * torch.backends.mps.is_available() + ['cpu']
+    if name == 'cuda' or name == 'auto' and names[0] == 'cuda:0':
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = names[0] if name == 'auto' else name
+    if name not in names:
+        raise ValueError(f'device {name!r} is not available here; leave --device away to take the best there is')
     return name
 
 

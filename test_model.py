@@ -321,6 +321,34 @@ def test_split_loss_is_the_mean_over_every_token(gpt):
         split_loss(gpt, tokens[:1], 16)
 
 
+@pytest.mark.parametrize('name, rank, device', [('auto', None, 0), ('cuda', None, 0), ('cuda', '1', 1), ('cuda:1', None, 1), ('auto', '1', 1)])
+def test_pick_device_names_a_gpu_that_torch_takes(name, rank, device, monkeypatch):
+    """By torch's own reading of the name, and without a call that opens a context."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    if rank:
+        monkeypatch.setenv('LOCAL_RANK', rank)
+    assert torch.cuda._utils._get_device_index(pick_device(name)) == device
+    for wrong in ('cuda:2', 'cuda:x', 'tpu', 'meta'):
+        with pytest.raises(ValueError, match=wrong):
+            pick_device(wrong)
+
+
+@pytest.mark.parametrize('args, environment, index', [([], {}, 0), (['--device=cuda'], {'LOCAL_RANK': '1'}, 1), (['--device=cuda:1'], {}, 1)])
+def test_train_sets_the_gpu_first(folder, args, environment, index):
+    """The name that set_device is given, in torch's own reading of it."""
+    code = f"""
+import runpy, sys, torch
+def set_device(name):
+    sys.exit(f'set to GPU {{torch.cuda._utils._get_device_index(name)}}')
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 2, set_device
+sys.argv[0] = 'train.py'
+runpy.run_path({os.path.join(HERE, 'train.py')!r}, run_name='__main__')"""
+    process = subprocess.run([sys.executable, '-c', code, *TINY_RUN, '--out_dir=out/gpu', *args], cwd=folder, capture_output=True,
+                             text=True, env={**os.environ, 'PYTHONPATH': HERE, **environment}, timeout=100)
+    assert process.stderr == f'set to GPU {index}\n', process.stderr
+
+
 # files ----------------------------------------------------------------------------------------------------------------
 
 def test_a_model_file_says_it_all_and_loads_alike(gpt, tmp_path):

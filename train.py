@@ -94,8 +94,7 @@ if patience and not eval_interval:
     fail('--patience counts evaluations, and --eval_interval=0 has none; give an --eval_interval', 2)
 
 # -- ranks: torchrun starts one process a device, all with the same command ---------------------------------------------
-rank, local_rank, ranks = (int(os.environ.get(name, default)) for name, default in (
-    ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 master = rank == 0  # the one that writes and prints
 if not master:
     sys.stdout = open(os.devnull, 'w', encoding='utf-8')
@@ -121,6 +120,10 @@ elif there and not overwrite:
     fail(f"{', '.join(there)}: a run is already there; {'--init_from=resume goes on with it, ' if files['ckpt.pt'] in there else ''}"
          f'--overwrite replaces it, --out_dir=out/another keeps it')
 
+device = pick_device(device)
+device_type = device.split(':')[0]
+if device_type == 'cuda':
+    torch.cuda.set_device(device)  # before anything that opens a context, which would be on GPU 0 in every rank
 keep_freed_memory()
 characters = ''  # of a parent's char vocabulary
 if init_from not in ('scratch', 'resume'):
@@ -159,8 +162,7 @@ if master and not os.path.exists(f'data/{dataset}/train.bin'):
     prepare(input, dataset, tokenizer, val_fraction, characters=characters)
 if ranks > 1:
     store.set('data', 'prepared')
-    dist.init_process_group('nccl' if torch.cuda.is_available() and device in ('auto', 'cuda') else 'gloo',
-                            store=store, rank=rank, world_size=ranks)
+    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=ranks)
 train_tokens, val_tokens, data_meta = load_data(dataset)
 has, way_out = data_meta.get('source', {}), 'name another --dataset, or prepare it again with prepare.py'
 if 'tokenizer' in given and tokenizer != data_meta['tokenizer']['name']:
@@ -216,18 +218,13 @@ def fetch(tokens, starts):
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
-if ranks > 1 and dist.get_backend() == 'nccl':
-    device = f'cuda:{local_rank}'
-device = pick_device(device)
 try:
     config = GPTConfig(block_size, data_meta['tokenizer']['vocab_size'], n_layer, n_head, n_embd, dropout, bias)
 except ValueError as error:
     fail(error, 2)
 compute_dtype = pick_dtype(device, dtype)
 torch.manual_seed(seed)
-device_type = device.split(':')[0]
 if device_type == 'cuda':
-    torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = dtype != 'float32'
 if deterministic:
     os.environ.update(CUBLAS_WORKSPACE_CONFIG=':4096:8', TORCHINDUCTOR_DETERMINISTIC='1')
