@@ -1249,6 +1249,25 @@ def test_a_signal_saves_within_two_seconds_even_in_a_long_step(folder):
     assert read(folder / 'out/long/ckpt.pt')['step'] == 0
 
 
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
+def test_a_signal_before_the_loop_ends_the_run_as_in_it(folder, number):
+    """And the same command goes on to the bit."""
+    code = f"""
+import os, runpy, sys, time, model
+def device_name(device):  # what the run prints before its first step
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(60)
+model.device_name = device_name
+sys.argv[0] = 'train.py'
+runpy.run_path({os.path.join(HERE, 'train.py')!r}, run_name='__main__')"""
+    args = [*TINY_RUN, '--init_from=auto', f'--out_dir=out/before{int(number)}']
+    process = subprocess.run([sys.executable, '-c', code, *args], cwd=folder, capture_output=True, text=True,
+                             env={**os.environ, 'PYTHONPATH': HERE}, timeout=100)
+    assert process.returncode == 128 + number and 'at step 0' in process.stderr, process.stderr
+    assert run('train.py', *args, cwd=folder).returncode == 0
+    same_run(folder / 'out/tiny', folder / f'out/before{int(number)}')
+
+
 def test_compile_without_a_compiler_goes_on_eagerly(folder, monkeypatch):
     monkeypatch.setenv('CXX', '/nonexistent')
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(folder / 'inductor'))

@@ -465,6 +465,8 @@ if master and out_dir:
             os.remove(path)
     elif os.path.exists(files['log.csv']):
         os.truncate(files['log.csv'], min(state['log_bytes'], os.path.getsize(files['log.csv'])))
+began = time.time()  # on_signal may save from here on, and asks how long the run took
+last_seconds, last_tokens, first_step = state['seconds'], state['tokens'], state['step']
 receiver, sender = socket.socketpair()
 sender.setblocking(False)
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -486,8 +488,6 @@ if epochs > 4 and raw_model.num_params() > 10 * len(train_tokens) and not loss_t
     print(f'{len(train_tokens):,} training tokens, read {epochs:.0f} times, are few for so many parameters: they will be learnt by heart. '
           'A longer --input or fewer --max_iters helps' + ('; best.pt will be from where the validation loss is lowest' if
                                                            out_dir and eval_interval and val_tokens is not None else ''))
-began = time.time()
-last_seconds, last_tokens, first_step = state['seconds'], state['tokens'], state['step']
 flags, over, foretold = None, False, False
 sys.excepthook = on_error
 if state.get('tuned') and not state['step'] and math.isinf(state['best_val']) and eval_interval:  # what there is to improve on
