@@ -186,6 +186,36 @@ def test_muon_orthogonalizes_and_learns(gpt):
         assert (ours - parts).abs().max() < 0.1 * 1e-2  # theirs runs the products in bfloat16
 
 
+def test_gpt_compiles_into_one_graph(gpt):
+    """By a user of model.py, under no_grad and in training: fullgraph raises where the graph breaks."""
+    idx, gradients = torch.randint(1100, (2, 9)), []
+    compiled = torch.compile(gpt, backend='aot_eager', fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(idx), gpt(idx), atol=1e-5)
+    gpt.train()
+    for one in (gpt, compiled):
+        one(idx, idx).backward()
+        gradients.append([p.grad for p in gpt.parameters()])
+        gpt.zero_grad(set_to_none=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize('shape', [(5, 64), (2, 3, 64), (1, 64)], ids=str)
+@pytest.mark.parametrize('bias', [True, False])
+def test_product_and_its_gradients_equal_torchs(shape, bias):
+    torch.manual_seed(0)
+    x, weight, b = torch.randn(shape), torch.randn(96, 64), torch.randn(96)
+    grad, results = torch.randn(*shape[:-1], 96), []
+    for f in (model.product, torch.nn.functional.linear):
+        inputs = [t.clone().requires_grad_() for t in (x, weight, b)[:3 if bias else 2]]
+        y = f(*inputs)
+        y.backward(grad)
+        results.append([y, *(t.grad for t in inputs)])
+    with torch.no_grad():  # where it takes another way
+        assert torch.allclose(model.product(x, weight, b if bias else None), results[1][0], atol=1e-4)
+    assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(*results))
+
+
 def test_overfits_one_batch(gpt):
     idx = torch.randint(1100, (4, 17))
     optimizer = torch.optim.AdamW(gpt.param_groups(0.0), lr=3e-3)
