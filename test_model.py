@@ -586,6 +586,14 @@ def test_a_result_that_lost_too_much_is_not_written(folder):
     assert not (folder / 'out/lossy/model_int4.pt').exists()
 
 
+def test_measure_samples_the_int8_file(folder):
+    args = ['--tokenizer=char', '--dataset=shakespeare_char', '--n_layer=1', '--n_head=2', '--n_embd=16', '--max_iters=2', '--batch_size=2', '--final_eval_tokens=200']
+    process = subprocess.run(['bash', os.path.join(HERE, '.ci/measure'), 'C', '--', *args], capture_output=True, text=True, timeout=300,
+                             env={**os.environ, 'PYTHON': sys.executable, 'OUT': str(folder / 'measured')})
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert re.search(r'C/model_int8\.pt: [\d,]+ parameters', process.stderr) and process.stdout.count('To be') == 3, process.stderr
+
+
 # other projects' files ------------------------------------------------------------------------------------------------
 
 WIDE = dict(block_size=96, n_layer=2, n_head=4, n_embd=64)  # with GPT-2's vocabulary
