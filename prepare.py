@@ -1,387 +1,398 @@
-"""
-Text to tokens: data/<dataset>/train.bin and val.bin (raw little-endian uint16 ids, nanoGPT's format) and meta.json,
-which says what they are. Memory does not grow with the text.
+"""Text to tokens: writes data/<dataset>/train.bin, val.bin and meta.json.
 
-$ python prepare.py                                                # input.txt with GPT-2's BPE: 301,966 + 36,059 tokens, 0.2 s
-$ python prepare.py --tokenizer=char --dataset=shakespeare_char    # one id a character: 1,003,854 + 111,540 tokens
-$ python prepare.py --input='books/*.txt' --dataset=books --val_fraction=0.01
-$ python prepare.py --input=TinyStories.txt --dataset=stories --special_tokens   # <|endoftext|> ends a document
+The .bin files hold raw little-endian uint16 token ids (nanoGPT's format); meta.json says which tokenizer made
+them from which text. Memory use does not grow with the text.
+
+$ python prepare.py    # input.txt in GPT-2's BPE: 301,966 + 36,059 tokens, 0.2 s
+$ python prepare.py --tokenizer=char --dataset=shakespeare_char    # characters: 1,003,854 + 111,540 tokens
+$ python prepare.py --input='books/*.txt' --dataset=books --val_fraction=0.01    # many files
+$ python prepare.py --input=stories.txt --dataset=stories --special_tokens    # <|endoftext|> ends a document
 """
 import base64
 import codecs
-import collections
-import concurrent.futures
+import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
-import pickle
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tiktoken
 
-FORMAT_VERSION = 1
 ENDOFTEXT = '<|endoftext|>'
-# the split pattern of tiktoken's own gpt2 encoding, https://github.com/openai/tiktoken
+VOCABULARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'gpt2.tiktoken')
+# how GPT-2 splits text before it merges bytes: the pattern of https://github.com/openai/tiktoken
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# blanks as that pattern has them; Python counts four control characters more
+# the characters that \s matches in this pattern; Python's isspace() accepts four control characters more
 BLANKS = ''.join(c for c in map(chr, range(0x3001)) if c.isspace() and not '\x1c' <= c <= '\x1f')
+# the position before the last blank of a run of more than 10,000 blanks
 LONG_RUN_END = re.compile(rf'(?=[{BLANKS}][^{BLANKS}])(?<=[{BLANKS}]{{10000}})')
 
 
+# -- tokenizers ----------------------------------------------------------------------------------------------
+
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding: tiktoken, with the vocabulary from the committed file and never from the network."""
+    """GPT-2's byte-pair encoding by tiktoken; the vocabulary is data/gpt2.tiktoken, never the network's."""
+    vocab_size, eot, start = 50257, 50256, 50256
+    meta = {'name': 'gpt2', 'vocab_size': 50257}
 
     def __init__(self):
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'gpt2.tiktoken')
-        with open(path, 'rb') as f:
+        with open(VOCABULARY, 'rb') as f:
             lines = f.read().splitlines()
         if len(lines) != 50256:
-            raise ValueError(f"{path}: {len(lines):,} lines where GPT-2's vocabulary has 50,256; get the file again")
+            raise ValueError(f'{VOCABULARY}: {len(lines):,} lines instead of 50,256; get the file again')
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
         self.encoding = tiktoken.Encoding('gpt2', pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                           special_tokens={ENDOFTEXT: 50256}, explicit_n_vocab=50257)
-        self.vocab_size, self.eot, self.start = 50257, 50256, 50256
-        self.meta = {'name': 'gpt2', 'vocab_size': 50257}
 
     def encode(self, text, special_tokens=False):
-        """Text -> list of ids. <|endoftext|> is plain characters, or with special_tokens the document-end id.
+        """Text -> list of ids. With special_tokens the text <|endoftext|> becomes the id eot.
 
-        tiktoken panics on a run of about a million blanks. A cut before the last blank of a run is one that the
-        pattern makes anyway, and a run that ends its text goes through, so long runs are cut there.
+        tiktoken panics on a run of about a million blanks inside a text, but not at its end. So long runs
+        are cut before their last blank, where GPT2_PATTERN cuts them anyway.
         """
-        if special_tokens and ENDOFTEXT in text:
-            first, *rest = map(self.encode, text.split(ENDOFTEXT))
-            return first + [i for part in rest for i in [self.eot] + part]
+        if special_tokens:
+            ids = []
+            for document in text.split(ENDOFTEXT):
+                ids += [*self.encode(document), self.eot]
+            return ids[:-1]  # no document ends after the last <|endoftext|>
         if len(text) < 100_000:
             return self.encoding.encode_ordinary(text)
-        return [i for part in LONG_RUN_END.split(text) for i in self.encoding.encode_ordinary(part)]
+        return [id for part in LONG_RUN_END.split(text) for id in self.encoding.encode_ordinary(part)]
 
     def decode_bytes(self, ids):
-        """Ids -> bytes, which may begin or end inside a character."""
+        """Ids -> UTF-8 bytes, which may begin or end inside a character."""
         return self.encoding.decode_bytes(ids)
 
 
 class CharTokenizer:
-    """One id a character, in code point order, as nanoGPT's shakespeare_char: for small models and own alphabets."""
+    """One id for each character, in code point order as in nanoGPT; there is no document end."""
+    eot = None
 
     def __init__(self, characters):
         self.characters = ''.join(sorted(set(characters)))
-        self.vocab_size, self.eot = len(self.characters), None
+        self.ids = {character: id for id, character in enumerate(self.characters)}
+        self.vocab_size, self.start = len(self.ids), self.ids.get('\n', 0)
         if not 0 < self.vocab_size <= 65536:
-            raise ValueError(f'{self.vocab_size:,} distinct characters, and uint16 holds 1 to 65,536; use --tokenizer=gpt2')
-        self.start = max(self.characters.find('\n'), 0)
+            raise ValueError(f'{self.vocab_size:,} distinct characters; char takes 1 to 65,536, so use gpt2')
         self.meta = {'name': 'char', 'vocab_size': self.vocab_size, 'characters': self.characters}
-        self.points = code_points(self.characters)
 
     def encode(self, text, special_tokens=False):
-        """Text -> list of ids. <|endoftext|> is plain characters, or with special_tokens a newline, which documents end in.
+        """Text -> list of ids. With special_tokens the text <|endoftext|> becomes a newline.
 
-        Raises ValueError for a character that the tokenizer was not made with.
+        Raises ValueError for a character that is not in the vocabulary.
         """
-        points = code_points(text.replace(ENDOFTEXT, '\n') if special_tokens else text)
-        ids = np.searchsorted(self.points, points).clip(max=self.vocab_size - 1)
-        missing = np.flatnonzero(self.points[ids] != points)
-        if missing.size:
-            raise ValueError(f'the character {chr(points[missing[0]])!r} is not in the char vocabulary of {self.vocab_size}: '
-                             f'{self.characters[:100]!r}')
-        return ids.tolist()
+        try:
+            return [self.ids[c] for c in (text.replace(ENDOFTEXT, '\n') if special_tokens else text)]
+        except KeyError as error:
+            raise ValueError(f'{error} is not in the char vocabulary {self.characters[:60]!r}') from None
 
     def decode_bytes(self, ids):
-        """Ids -> bytes of UTF-8."""
+        """Ids -> UTF-8 bytes."""
         return ''.join(self.characters[i] for i in ids).encode('utf-8', 'surrogatepass')
 
 
-def code_points(text):
-    return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
-
-
 def get_tokenizer(meta):
-    """The tokenizer that a meta.json or a model file describes: {'name': 'gpt2' | 'char', …}.
+    """The tokenizer that `meta` describes: {'name': 'gpt2'} or {'name': 'char', 'characters': …}.
 
-    Raises ValueError for another. nanoGPT's models do not hold their characters, but `folders` where they may be.
+    Raises ValueError for another name.
     """
     if meta['name'] == 'gpt2':
         return GPT2Tokenizer()
     if meta['name'] == 'char':
-        return CharTokenizer(meta['characters'] if 'characters' in meta else find_characters(meta['folders'], meta['vocab_size']))
+        return CharTokenizer(meta['characters'])
     raise ValueError(f"tokenizer {meta['name']!r} is not one of gpt2, char")
 
 
-def find_characters(folders, vocab_size):
-    """The vocab_size characters in the first folder with a meta.json or a meta.pkl of as many. Raises ValueError."""
-    for folder in folders:
-        for name, read in (('meta.json', read_meta), ('meta.pkl', read_nanogpt_meta)):
-            try:
-                characters = read(os.path.join(folder, name))['tokenizer']['characters']
-            except (OSError, ValueError, KeyError):  # none there, or of other data
-                continue
-            if len(characters) == vocab_size:
-                return characters
-    raise ValueError(f"the model has a vocabulary of {vocab_size:,}, which is not GPT-2's, and nothing says which characters it is: "
-                     f"no meta.json or meta.pkl of as many in {', '.join(map(os.path.normpath, folders))}; put its data's there. "
-                     f'Other vocabularies folio does not read')
+def hugging_face_files(tokenizer, context):
+    """{file name: contents} of the tokenizer for transformers' AutoTokenizer; needs transformers.
 
-
-def read_meta(path):
-    """A meta.json's contents. Raises ValueError for a damaged one, or a tokenizer that is none."""
-    with open(path, encoding='utf-8') as f:
-        try:
-            meta = json.load(f)
-            get_tokenizer(meta['tokenizer'])
-            return meta
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{path}: damaged; prepare it again with prepare.py') from None
-
-
-def read_nanogpt_meta(path):
-    """What a meta.json would say, of nanoGPT's meta.pkl. Raises ValueError for another file.
-
-    A pickle can run any code through the names that it looks up; this reader looks up none.
+    A char vocabulary becomes a BPE without merges. `context` is the most tokens that the model can attend to.
     """
-    class Values(pickle.Unpickler):
-        def find_class(self, module, name):
-            raise pickle.UnpicklingError
-    try:
-        with open(path, 'rb') as f:
-            itos = Values(f).load()['itos']
-        characters = ''.join(itos[i] for i in range(len(itos)))
-        made = CharTokenizer(characters)
-        if made.characters != characters:
-            raise ValueError
-        return {'tokenizer': made.meta}
-    except (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError):
-        raise ValueError(f"{path}: not nanoGPT's vocabulary of single characters in their order; prepare the data again with prepare.py") from None
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    files, config = {}, dict(model_max_length=context, clean_up_tokenization_spaces=False)
+    if tokenizer.eot is None:
+        fast = Tokenizer(models.BPE(tokenizer.ids, []))
+        fast.decoder = decoders.Fuse()
+        config.update(tokenizer_class='PreTrainedTokenizerFast')
+    else:
+        vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(VOCABULARY)
+        vocab[ENDOFTEXT] = tokenizer.eot
+        fast = Tokenizer(models.BPE(vocab, merges))
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = decoders.ByteLevel()
+        fast.add_special_tokens([ENDOFTEXT])
+        files['vocab.json'] = json.dumps(vocab, ensure_ascii=False)
+        files['merges.txt'] = '\n'.join(['#version: 0.2', *map(' '.join, merges), ''])
+        config.update(tokenizer_class='GPT2Tokenizer', add_prefix_space=False, bos_token=ENDOFTEXT,
+                      eos_token=ENDOFTEXT, unk_token=ENDOFTEXT)
+    return {**files, 'tokenizer.json': fast.to_str(), 'tokenizer_config.json': json.dumps(config)}
 
+
+# -- ids to text ---------------------------------------------------------------------------------------------
 
 class TextStream:
-    """Ids to text as they come: only whole characters, which can straddle tokens, and only up to the string `stop`."""
+    """Turns ids into text one by one; `text` has whole characters only and ends before the string `stop`."""
 
     def __init__(self, tokenizer, stop=''):
         self.tokenizer, self.stop = tokenizer, stop
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self.held = ''   # what may yet turn out to be the beginning of `stop`
-        self.ended = ''  # why the text is over: 'stop string' or 'end of text'
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # keeps the bytes of half a character
+        self.text, self.ids = '', []
+        self.held = ''   # decoded text that may be the beginning of `stop`, so it is not in `text` yet
+        self.ended = ''  # why the text has ended: 'stop string' or 'end of text'
 
     def feed(self, id):
-        """The text that this id makes sure of, often empty; nothing once the text has ended."""
+        """Add the next id; does nothing once the text has ended."""
         if self.ended:
-            return ''
+            return
+        self.ids.append(id)
         if id == self.tokenizer.eot:
             self.ended = 'end of text'
-            return self.rest()
+            return self.finish()
         self.held += self.decoder.decode(self.tokenizer.decode_bytes([id]))
-        sure = len(self.held)
         if self.stop and self.stop in self.held:
-            self.ended, sure = 'stop string', self.held.index(self.stop)
-        elif self.stop:
-            sure -= max((n for n in range(1, min(len(self.stop), sure + 1)) if self.held.endswith(self.stop[:n])), default=0)
-        text, self.held = self.held[:sure], self.held[sure:]
-        return text
+            self.ended, self.held = 'stop string', self.held[:self.held.index(self.stop)]
+            return self.finish()
+        sure = 0  # hold back what may be the beginning of `stop`
+        while not self.stop.startswith(self.held[sure:]):
+            sure += 1
+        self.text, self.held = self.text + self.held[:sure], self.held[sure:]
 
-    def rest(self):
-        """What was held back, once no more ids come; the bytes of an unfinished character are left out."""
-        text, self.held = '' if self.ended == 'stop string' else self.held, ''
-        return text
+    def finish(self):
+        """Add the text held back, as no more ids come. The bytes of half a character are dropped."""
+        self.text, self.held = self.text + self.held, ''
 
+
+def stream_texts(steps, tokenizer, count, stop=''):
+    """Decode the ids that generate() yields: after each step yield the list of `count` TextStreams.
+
+    Stops as soon as all texts have ended, closes `steps`, and yields the finished list once more.
+    """
+    streams = [TextStream(tokenizer, stop) for _ in range(count)]
+    with contextlib.closing(steps):
+        for ids in steps:
+            for stream, id in zip(streams, ids.tolist()):
+                stream.feed(id)
+            yield streams
+            if all(stream.ended for stream in streams):
+                break
+    for stream in streams:
+        stream.finish()
+    yield streams
+
+
+# -- text to ids ---------------------------------------------------------------------------------------------
+# In this section a text is a sequence of blocks: strings, and None at the end of a document.
 
 def find_files(input):
-    """The files that `input` names: a file, a folder (all below it, hidden ones aside) or a glob; sorted by path."""
-    if os.path.isfile(input):
-        return [input]
+    """The files that `input` names, sorted: one file, all files in a folder but hidden ones, or a glob's.
+
+    Raises FileNotFoundError if there are none.
+    """
     pattern = os.path.join(glob.escape(input), '**') if os.path.isdir(input) else input
-    files = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    found = [input] if os.path.isfile(input) else glob.glob(pattern, recursive=True)
+    files = sorted(filter(os.path.isfile, found))
     if not files:
-        raise FileNotFoundError(f'{input or "(empty)"}: no such text file, folder or glob; name one with --input')
+        raise FileNotFoundError(f'{input or "(empty)"}: no such file, folder or glob; name another input')
     return files
 
 
-def sha256_of(files):
-    """The hex SHA-256 of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, 'rb') as f:
-            while block := f.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+def read_text(path, digest=None):
+    """Yield the text of a UTF-8 file in blocks, newlines unchanged; path 0 is standard input.
 
-
-def read_text(path, block_bytes=2**16):
-    """Yield a UTF-8 file's text block by block, newlines as they are; path 0 is standard input. Raises ValueError with the offset of a bad byte."""
+    Adds the file's bytes to the hash `digest`. Raises ValueError with the position of a byte that is not
+    UTF-8.
+    """
     decoder, done = codecs.getincrementaldecoder('utf-8')(), 0
     with open(path, 'rb') as f:
-        while True:
-            block = f.read(block_bytes)
-            held = len(decoder.getstate()[0])  # bytes of a character that the last block cut
-            try:
-                yield decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise ValueError(f'{path or "standard input"}: not UTF-8 at byte {done - held + error.start:,}; convert it first, '
-                                 f'for example with iconv -f latin1 -t utf-8') from None
-            if not block:
-                return
-            done += len(block)
+        try:
+            while block := f.read(2**16):
+                done += len(block)
+                if digest:
+                    digest.update(block)
+                yield decoder.decode(block)
+            decoder.decode(b'', final=True)
+        except UnicodeDecodeError as error:
+            at = done - len(error.object) + error.start  # error.object: what was being decoded
+            name = path or 'standard input'
+            raise ValueError(f'{name}: not UTF-8 at byte {at:,}; convert it, for example by iconv') from None
 
 
-def read_documents(files, joiner, start=0, stop=float('inf')):
-    """Yield characters start…stop of all files in turn, block by block; `joiner` (a str, or None) between two files."""
-    position = 0
+def read_documents(files, joiner, digest=None):
+    """Yield the blocks of all files; between two files yield `joiner`, a string or None."""
     for path in files:
         if path != files[0]:
-            if joiner is None and start < position <= stop:
-                yield None
-            elif joiner and start <= position < stop:
-                yield joiner
-            position += len(joiner or '')
-        for text in read_text(path):
-            if position < stop and position + len(text) > start:
-                yield text[max(start - position, 0):stop - position if stop < position + len(text) else None]
-            position += len(text)
+            yield joiner
+        yield from read_text(path, digest)
+
+
+def split_at(cut, blocks):
+    """Yield ('train', block) for the first `cut` characters of the blocks, ('val', block) for the rest."""
+    position = 0
+    for block in blocks:
+        if block is None and position:  # no document ends before the first character
+            yield 'train' if position <= cut else 'val', None
+        elif block:
+            if position < cut:
+                yield 'train', block[:cut - position]
+            if position + len(block) > cut:
+                yield 'val', block[max(cut - position, 0):]
+            position += len(block)
 
 
 def cut_exactly(blocks):
-    """Regroup blocks of text into pieces whose tokens, joined, are the whole text's. A None passes through.
+    """Regroup blocks into pieces that can be encoded one by one: their ids, joined, are the whole text's.
 
-    The cuts stand between a non-blank and a blank, where the pre-tokenizer cuts anyway.
+    A piece ends where a word does, because GPT2_PATTERN always cuts between a word and a blank. Text after
+    the last word of a block waits for the next block.
     """
-    held = []
-    for text in blocks:
-        if text is None:
-            yield ''.join(held)
+    held = ''
+    for block in blocks:
+        if block is None:
+            yield held
             yield None
-            held = []
-            continue
-        last_blank = max(text.rfind(' '), text.rfind('\n'))
-        cut = len(text[:last_blank + 1].rstrip(BLANKS))
-        if cut:
-            yield ''.join(held) + text[:cut]
-            held = []
-        held.append(text[cut:])
-    yield ''.join(held)
+            held = ''
+        else:
+            text = held + block
+            last_blank = max(text.rfind(' '), text.rfind('\n'))
+            word_end = len(text[:last_blank + 1].rstrip(BLANKS))
+            yield text[:word_end]
+            held = text[word_end:]
+    yield held
 
 
-def write_tokens(path, tokenizer, blocks, special_tokens, on_progress):
-    """Encode blocks of text into a file of uint16 on all cores; return how many tokens. A None is a document's end."""
+def write_tokens(path, tokenizer, blocks, special_tokens):
+    """Encode blocks on all cores into a file of uint16; yield how many characters and ids were written."""
     def encode(piece):
         ids = [tokenizer.eot] if piece is None else tokenizer.encode(piece, special_tokens)
-        return np.array(ids, dtype='<u2'), len(piece or '')
+        return np.array(ids, dtype='<u2')
 
-    count, workers = 0, os.cpu_count() or 1
-    with open(path, 'wb') as f, concurrent.futures.ThreadPoolExecutor(workers) as pool:  # tiktoken lets the GIL go
-        jobs = collections.deque()
-        pieces = cut_exactly(blocks)
-        while True:
-            piece = next(pieces, jobs)  # jobs: just a mark that there are no more
-            if piece is not jobs:
-                jobs.append(pool.submit(encode, piece))
-            if piece is jobs or len(jobs) > 4 * workers:
-                if not jobs:
-                    break
-                ids, characters = jobs.popleft().result()
+    pieces, cores = cut_exactly(blocks), os.cpu_count() or 1
+    with open(path, 'wb') as f, ThreadPoolExecutor(cores) as pool:  # threads: tiktoken releases the GIL
+        while batch := list(itertools.islice(pieces, 32 * cores)):
+            for piece, ids in zip(batch, pool.map(encode, batch)):
                 f.write(ids.tobytes())
-                count += len(ids)
-                on_progress(characters)
+                yield len(piece or ''), len(ids)
         f.flush()
         os.fsync(f.fileno())
-    return count
 
 
 def check_dataset(dataset):
-    """Raise ValueError for a name that is not of a folder below data/."""
+    """Raise ValueError if `dataset` does not name a folder below data/."""
     if not dataset or os.path.isabs(dataset) or '..' in dataset.replace('\\', '/').split('/'):
         raise ValueError("give the name of a folder below data/, such as 'shakespeare'")
 
 
-def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1, special_tokens=False, characters=''):
-    """Turn text into data/<dataset>/; return its meta. Nothing there changes before the new files are whole.
+def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1,
+            special_tokens=False, characters=''):
+    """Turn text into the files of data/<dataset>/; return the contents of meta.json.
 
-    The last `val_fraction` of the characters is cut off before tokenizing. Documents (files) are joined by the
-    tokenizer's document end, or by a newline where it has none. A char vocabulary is of `characters`, or else of the text's. Raises ValueError or OSError for input it cannot take.
+    The last `val_fraction` of the characters is cut off before tokenizing. Between two files stands the
+    document end, or a newline for char. A char vocabulary holds `characters`, or by default the text's own.
+    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were.
     """
-    folder = os.path.join('data', dataset)
-    files = find_files(input)
-    began, found, total = time.time(), set(), 0
-    joiner = '\n' if tokenizer == 'char' else None
-    for text in read_documents(files, joiner):
-        total += len(text or '')
+    began, total, found, digest = time.time(), 0, set(), hashlib.sha256()
+    files, joiner = find_files(input), '\n' if tokenizer == 'char' else None
+    for block in read_documents(files, joiner, digest):  # a first reading, because the cut needs the length
+        total += len(block or '')
         if tokenizer == 'char':
-            found.update(text)
-    if not total:
-        raise ValueError(f'{input}: empty, so there is nothing to learn; name a text with --input')
-    tok = get_tokenizer({'name': tokenizer, 'characters': characters or found})
-    tok.encode(''.join(sorted(found)))  # a character that is not among them is refused before anything is written
+            found.update(block)
     cut = int(total * (1 - val_fraction))
     if not cut:
-        raise ValueError(f'{input}: {total} characters less val_fraction {val_fraction} leave none to train on')
+        raise ValueError(f'{input}: {total} characters, val_fraction {val_fraction}: none left to train on')
+    tok = get_tokenizer({'name': tokenizer, 'characters': characters or found})
+    tok.encode(''.join(sorted(found)))  # raises ValueError for one that is not in `characters`
 
+    folder, tokens, done, shown = os.path.join('data', dataset), {}, 0, began
     os.makedirs(folder, exist_ok=True)
-    done, shown = 0, began
-
-    def on_progress(characters):
-        nonlocal done, shown
-        done += characters
-        if time.time() - shown > 2:
-            shown = time.time()
-            print(f'{done / total:.0%} of {total:,} characters, {done / (shown - began) / 1e6:.1f} M/s, '
-                  f'{(shown - began) * (total / done - 1):.0f} s left', file=sys.stderr)
-
-    tokens = {}
-    for split, start, stop in (('train', 0, cut), ('val', cut, total)):
-        if start < stop:
-            blocks = read_documents(files, joiner, start, stop)
-            tokens[split] = write_tokens(f'{folder}/{split}.bin.tmp', tok, blocks, special_tokens, on_progress)
-    meta = {'format_version': FORMAT_VERSION, 'tokenizer': tok.meta, 'tokens': tokens,
-            'source': {'input': input, 'files': len(files), 'characters': total, 'sha256': sha256_of(files),
-                       'bytes': sum(map(os.path.getsize, files))},
+    pairs = split_at(cut, read_documents(files, joiner))  # all of train, then all of val
+    for split, pairs_of_split in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        tokens[split], blocks = 0, (block for _, block in pairs_of_split)
+        for read, written in write_tokens(f'{folder}/{split}.bin.tmp', tok, blocks, special_tokens):
+            done, tokens[split] = done + read, tokens[split] + written
+            if time.time() - shown > 2:
+                shown = time.time()
+                print(f'{done / total:.0%} of {total:,} characters, {done / (shown - began) / 1e6:.1f} M/s, '
+                      f'{(shown - began) * (total / max(done, 1) - 1):.0f} s left', file=sys.stderr)
+        print(f'{folder}/{split}.bin: {tokens[split]:,} tokens')
+    source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
+              'bytes': sum(map(os.path.getsize, files))}
+    meta = {'format_version': 1, 'tokenizer': tok.meta, 'tokens': tokens, 'source': source,
             'val_fraction': val_fraction, 'special_tokens': special_tokens}
+    replace_data(folder, meta)
+    seconds = time.time() - began
+    print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of '
+          f'{input} in {seconds:.1f} s ({total / seconds / 1e6:.1f} M/s)')
+    return meta
+
+
+def replace_data(folder, meta):
+    """Write meta.json and give the .tmp files of a folder their final names.
+
+    The old meta.json is deleted first and the new one named last, so a folder with a meta.json is complete.
+    """
     with open(f'{folder}/meta.json.tmp', 'w', encoding='utf-8') as f:
         json.dump(meta, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
-
-    # a folder with a meta.json is whole: the old one goes first, the new one comes last
-    for name in ['meta.json'] + ['val.bin'] * ('val' not in tokens):
+    for name in ('meta.json', 'train.bin', 'val.bin'):
         if os.path.exists(f'{folder}/{name}'):
             os.remove(f'{folder}/{name}')
-    for name in [f'{split}.bin' for split in reversed(tokens)] + ['meta.json']:
-        os.replace(f'{folder}/{name}.tmp', f'{folder}/{name}')
-    for split, count in tokens.items():
-        print(f'{folder}/{split}.bin: {count:,} tokens')
-    seconds = time.time() - began
-    print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of {input} '
-          f'in {seconds:.1f} s ({total / seconds / 1e6:.1f} M/s)')
-    return meta
+    for split in reversed(meta['tokens']):  # val.bin first: train.py takes data with a train.bin for complete
+        os.replace(f'{folder}/{split}.bin.tmp', f'{folder}/{split}.bin')
+    os.replace(f'{folder}/meta.json.tmp', f'{folder}/meta.json')
 
 
 def load_data(dataset):
-    """The splits and meta of data/<dataset>/: (train, val or None, meta), the splits as uint16 memory maps (copy on write).
+    """The contents of data/<dataset>/: (train, val or None, meta); ids are uint16 memory maps, copy-on-write.
 
-    Bins without a meta.json are nanoGPT's: of the characters in its meta.pkl, or else of GPT-2's vocabulary. Raises ValueError for files
-    that are not what the meta.json says.
+    .bin files without a meta.json are nanoGPT's, in GPT-2's vocabulary. Raises ValueError for files that do
+    not fit meta.json, and for nanoGPT's char data: its meta.pkl, a pickle, could run any code.
     """
-    folder = os.path.join('data', dataset)
-    meta = {'tokenizer': {'name': 'gpt2', 'vocab_size': 50257}}
+    folder, splits = os.path.join('data', dataset), []
+    meta = {'tokenizer': GPT2Tokenizer.meta}
     if os.path.exists(f'{folder}/meta.json'):
-        meta = read_meta(f'{folder}/meta.json')
+        try:
+            with open(f'{folder}/meta.json', encoding='utf-8') as f:
+                meta = json.load(f)
+            get_tokenizer(meta['tokenizer'])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'{folder}/meta.json: damaged; prepare it again with prepare.py') from None
     elif os.path.exists(f'{folder}/meta.pkl'):
-        meta = read_nanogpt_meta(f'{folder}/meta.pkl')
-    splits = []
+        raise ValueError(f'{folder}: its characters are in a meta.pkl, which is not read; prepare it again')
     for split in ('train', 'val'):
         path = f'{folder}/{split}.bin'
         size = os.path.getsize(path) if split == 'train' or os.path.exists(path) else 0
         want = 2 * meta['tokens'].get(split, 0) if 'tokens' in meta else size // 2 * 2
-        if size != want:
-            raise ValueError(f'{path}: {size:,} bytes where {want:,} belong; prepare it again with prepare.py')
+        if size != want or split == 'train' and not size:
+            raise ValueError(f'{path}: {size:,} bytes instead of {want:,}; prepare it again with prepare.py')
         splits.append(np.memmap(path, dtype='<u2', mode='c') if size else None)
-    if splits[0] is None:
-        raise ValueError(f'{folder}/train.bin: empty; prepare it again with prepare.py')
-    most = meta['tokenizer']['vocab_size']
-    if 'tokens' not in meta and max(split.max() for split in splits if split is not None) >= most:
-        raise ValueError(f'{folder}: without a meta.json the ids are of a vocabulary of {most:,}, and some are not; prepare it again')
+        if 'tokens' not in meta and size and splits[-1].max() >= 50257:
+            raise ValueError(f"{path}: no meta.json, and ids above GPT-2's largest, 50,256; prepare it again")
     return *splits, meta
+
+
+def check_data(dataset, meta, wanted):
+    """Raise ValueError if the data of this meta differ from what is wanted.
+
+    `wanted` is a dict with any of tokenizer, val_fraction and input. An input is compared by its contents.
+    """
+    has = {**meta, 'tokenizer': meta['tokenizer']['name'], 'input': meta.get('source', {}).get('input')}
+    for key, value in wanted.items():
+        same = has.get(key) in (value, None)  # None: nanoGPT's data, which do not say
+        if key == 'input' and has['input']:
+            digest = hashlib.sha256()
+            for _ in read_documents(find_files(value), None, digest):
+                pass
+            same = digest.hexdigest() == meta['source']['sha256']
+        if not same:
+            raise ValueError(f'data/{dataset}: {key} {has[key]} differs from {value}; name another dataset')
 
 
 if __name__ == '__main__':
@@ -393,5 +404,5 @@ if __name__ == '__main__':
     special_tokens = False   # the text <|endoftext|> is the document end, not plain characters
     configure(globals(), dict(dataset=check_dataset, tokenizer=('gpt2', 'char'), val_fraction=(0, 0.999999)))
     if special_tokens and tokenizer == 'char':
-        fail('--special_tokens: a char vocabulary has no document end; leave it away, or use --tokenizer=gpt2', 2)
+        fail('--special_tokens: a char vocabulary has no document end; leave it out, or take gpt2', 2)
     prepare(input, dataset, tokenizer, val_fraction, special_tokens)

@@ -1,13 +1,13 @@
 """
 Train a GPT-2: from scratch, from where a run stopped, or from another model's weights.
 
-$ python train.py config/quickstart.py                     # characters, 0.6M parameters: 10 s on two CPU cores, loss 1.65
-$ python train.py config/shakespeare.py --batch_size=32    # GPT-2 small (124M) on input.txt, until its loss is under 0.1
-$ python train.py config/shakespeare.py --init_from=resume # goes on where Ctrl-C, a kill or a power cut stopped it
+$ python train.py config/quickstart.py                      # characters, 0.6M parameters, seconds on a CPU
+$ python train.py config/shakespeare.py --batch_size=32     # GPT-2 small (124M) until its loss is under 0.1
+$ python train.py config/shakespeare.py --init_from=resume  # goes on after Ctrl-C, a kill or a power cut
 $ python train.py --input=my.txt --dataset=mine --out_dir=out/mine --seq_len=256 --max_iters=2000
-$ python train.py config/finetune.py --init_from=gpt2      # from OpenAI's weights; a Hugging Face folder, a nanoGPT checkpoint, …
-$ python train.py config/bench.py                          # tokens/s, MFU and memory of this machine, in under a minute
-$ torchrun --nproc_per_node=8 train.py config/shakespeare.py --init_from=auto --batch_size=64   # data parallel
+$ python train.py config/finetune.py --init_from=gpt2       # from OpenAI's weights, or from another model
+$ python train.py config/bench.py                           # tokens/s, MFU and memory, in under a minute
+$ torchrun --nproc_per_node=8 train.py config/shakespeare.py --init_from=auto --batch_size=64  # eight GPUs
 """
 import datetime
 import functools
@@ -15,618 +15,593 @@ import math
 import os
 import shlex
 import signal
-import socket
 import sys
-import threading
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from config import configure, fail, given
-from model import (GPT, GPTConfig, Muon, device_name, duration, keep_freed_memory, load, peak_flops, peak_memory, pick_device,
-                   pick_dtype, progress, read, recited, save, split_loss)
-from prepare import check_dataset, find_files, get_tokenizer, load_data, prepare, sha256_of
-
-# run
-out_dir = 'out'                  # folder of checkpoints, model and log; empty = write nothing
-init_from = 'scratch'            # scratch, resume, gpt2 … gpt2-xl, a path or Hub id; auto, auto:gpt2 … (resume what is there, else start)
-overwrite = False                # start over where a run already is
-# data
-input = 'input.txt'              # UTF-8 text, prepared when data/<dataset>/ is not there: a file, a folder or a glob
-dataset = 'shakespeare'          # tokens come from data/<dataset>/
-tokenizer = 'gpt2'               # gpt2 or char
-val_fraction = 0.1               # share of the text kept for validation; 0 = none
-# model
-n_layer = 12                     # blocks
-n_head = 12                      # attention heads a block
-n_embd = 768                     # width, a multiple of n_head
-block_size = 1024                # positions that the model has, tokens
-dropout = 0.0                    # share of activations dropped; helps where a small text is read many times
-bias = True                      # biases in linear layers and norms, as GPT-2; False is a little faster
-# batch
-batch_size = 8                   # windows a forward pass; more is faster a token until memory is full
-seq_len = 0                      # tokens a window; 0 = block_size
-gradient_accumulation_steps = 1  # forward passes a step: a larger batch in the same memory
-shift_windows = True             # draw each epoch's first cut; generalises better, False keeps the windows fixed
-# optimizer
-optimizer = 'adamw'              # adamw, or muon for the blocks' matrices (twice the progress a step) and adamw for the rest
-learning_rate = 6e-4             # the highest
-min_lr = 6e-5                    # where cosine and linear end
-schedule = 'cosine'              # cosine, onecycle (as torch's OneCycleLR; sets beta1 too), linear or constant
-warmup_iters = 100               # steps of linear warm-up: (i + 1) / warmup_iters of the rate at step i from 0
-lr_decay_iters = 0               # step at which the schedule ends; 0 = max_iters
-weight_decay = 0.1               # of matrices, not of biases and norms
-beta1 = 0.9                      # AdamW's memory of the gradient
-beta2 = 0.95                     # AdamW's memory of its square; nearer 1 for small batches
-grad_clip = 1.0                  # greatest gradient norm; 0 = no clipping
-# stopping
-max_iters = 5000                 # steps
-loss_threshold = 0.0             # stop when the mean training loss of the last epoch (at most 100 steps) is under it; 0 = never
-patience = 0                     # stop after so many evaluations without a better validation loss; 0 = never
-max_minutes = 0.0                # stop, ready to resume, after so long; 0 = never
-# rhythm, in steps; 0 = never
-log_interval = 10                # a line here and in out_dir/log.csv
-eval_interval = 250              # validation, and out_dir/best.pt where it is the best so far
-eval_iters = 20                  # batches an evaluation of a split
-checkpoint_interval = 500        # the whole state to out_dir/ckpt.pt
-sample_interval = 500            # print what the model writes by now
-final_eval_tokens = 0            # tokens of each split in the losses at the end; 0 = all
-# system
-device = 'auto'                  # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto'                   # auto (bfloat16 where the chip multiplies it, else float32), float32, bfloat16, float16
-compile = 'auto'                 # auto (on CUDA), True or False: a minute of compiling for faster steps
-gradient_checkpointing = False   # run each block's forward again in backward: a third slower, much less memory
-deterministic = False            # repeat bit for bit on CUDA too, somewhat slower
-seed = 1337                      # of weights, order of windows, dropout
-
-settings = configure(globals(), dict(
-    dataset=check_dataset, device=pick_device, val_fraction=(0, 0.999999), tokenizer=('gpt2', 'char'), n_layer=(1,), n_head=(1,), n_embd=(1,), block_size=(1,),
-    dropout=(0, 0.999999), batch_size=(1, 2**16), seq_len=(0,), gradient_accumulation_steps=(1, 2**16), optimizer=('adamw', 'muon'),
-    learning_rate=(0, 1e3), min_lr=(0, 1e3), schedule=('cosine', 'onecycle', 'linear', 'constant'), warmup_iters=(0,),
-    lr_decay_iters=(0,), weight_decay=(0, 1e3), beta1=(0, 0.999999), beta2=(0, 0.99999999), grad_clip=(0, 1e9),
-    max_iters=(0,), loss_threshold=(0, 1e9), patience=(0,), max_minutes=(0, 1e9), log_interval=(0,), eval_interval=(0,),
-    eval_iters=(1,), checkpoint_interval=(0,), sample_interval=(0,), final_eval_tokens=(0,),
-    dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False'), seed=(0, 2**32)),
-    'lower --batch_size and raise --gradient_accumulation_steps as much, or lower --seq_len, or give --gradient_checkpointing')
-if patience and not eval_interval:
-    fail('--patience counts evaluations, and --eval_interval=0 has none; give an --eval_interval', 2)
-
-# -- ranks: torchrun starts one process a device, all with the same command ---------------------------------------------
-rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-master = rank == 0  # the one that writes and prints
-if not master:
-    sys.stdout = open(os.devnull, 'w', encoding='utf-8')
-
-# -- the run: start over, go on, or refuse -----------------------------------------------------------------------------
-files = {name: os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt', 'model.pt', 'log.csv')}
-there = [path for path in files.values() if os.path.exists(path)] if out_dir else []
-if init_from.split(':')[0] == 'auto':
-    init_from = 'resume' if files['ckpt.pt'] in there else init_from[5:] or 'scratch'
-    overwrite |= files['model.pt'] not in there  # killed before its first checkpoint: nothing to keep
-checkpoint = None
-if init_from == 'resume':
-    if files['ckpt.pt'] not in there:
-        fail(f"{files['ckpt.pt']}: nothing to resume; leave --init_from away to start a run")
-    checkpoint = read(files['ckpt.pt'], kind='checkpoint')
-    for key, value in checkpoint['settings'].items():  # defaults, checkpoint, config files, command line
-        if key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'dataset', 'tokenizer', 'optimizer') and settings[key] != value:
-            if key in given:
-                fail(f'--{key}={settings[key]}: the run in {out_dir} has {value}; leave it away, or start another --out_dir', 2)
-        if key not in given and key in settings and key not in ('out_dir', 'init_from', 'overwrite'):
-            settings[key] = globals()[key] = value
-elif there and not overwrite:
-    fail(f"{', '.join(there)}: a run is already there; {'--init_from=resume goes on with it, ' if files['ckpt.pt'] in there else ''}"
-         f'--overwrite replaces it, --out_dir=out/another keeps it')
-
-device = pick_device(device)
-device_type = device.split(':')[0]
-if device_type == 'cuda':
-    torch.cuda.set_device(device)  # before anything that opens a context, which would be on GPU 0 in every rank
-keep_freed_memory()
-characters = ''  # of a parent's char vocabulary
-if init_from not in ('scratch', 'resume'):
-    parent, parent_meta = load(init_from)
-    if parent.config.quantized:
-        fail(f"{parent_meta['path']}: {parent.config.quantized} weights cannot be trained; name the model that they were made from")
-    if master:
-        print(f"{parent_meta['path']}: {parent.num_params():,} parameters, step {parent_meta['step']:,}", file=sys.stderr)
-    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias'):
-        if key in given and settings[key] != getattr(parent.config, key):
-            fail(f'--{key}={settings[key]}: {init_from} has {getattr(parent.config, key)}; leave it away', 2)
-        settings[key] = globals()[key] = getattr(parent.config, key)
-    if 'tokenizer' not in given:
-        settings['tokenizer'] = tokenizer = parent_meta['tokenizer']['name']
-    try:
-        characters = get_tokenizer(parent_meta['tokenizer']).meta.get('characters', '')
-    except ValueError:  # nanoGPT's, whose characters may be in the data to come
-        pass
-
-accumulation, rows = gradient_accumulation_steps, batch_size  # this rank's share
-if accumulation % ranks == 0:
-    accumulation //= ranks
-elif rows % ranks == 0:
-    rows //= ranks
-else:
-    fail(f'{ranks} ranks cannot share batch_size {batch_size} x gradient_accumulation_steps {accumulation} evenly; '
-         f'make one of them a multiple of {ranks}', 2)
-
-# -- the data ----------------------------------------------------------------------------------------------------------
-if ranks > 1:
-    # torchrun keeps its store over a restart: without a prefix a rank may read where the last attempt's ranks listened
-    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://', rank, ranks))[0])
-    if not master:  # the others wait for the data
-        store.wait(['data'], datetime.timedelta(days=1))
-if master and not os.path.exists(f'data/{dataset}/train.bin'):
-    prepare(input, dataset, tokenizer, val_fraction, characters=characters)
-if ranks > 1:
-    store.set('data', 'prepared')
-    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=ranks)
-train_tokens, val_tokens, data_meta = load_data(dataset)
-has, way_out = data_meta.get('source', {}), 'name another --dataset, or prepare it again with prepare.py'
-if 'tokenizer' in given and tokenizer != data_meta['tokenizer']['name']:
-    fail(f"data/{dataset} has tokenizer {data_meta['tokenizer']['name']}, and {tokenizer} was asked for; {way_out}", 2)
-if 'val_fraction' in given and val_fraction != data_meta.get('val_fraction', val_fraction):
-    fail(f"data/{dataset} has val_fraction {data_meta['val_fraction']}, and {val_fraction} was asked for; {way_out}", 2)
-if 'input' in given and has and sha256_of(find_files(input)) != has['sha256']:
-    fail(f"data/{dataset} was made from {has['input']}, and {input} was asked for, which differs; {way_out}", 2)
-if checkpoint and checkpoint['data'] != data_meta:
-    fail(f'data/{dataset} is not what the run in {out_dir} was trained on; prepare that again, or start another --out_dir')
-text = get_tokenizer(data_meta['tokenizer'])
-
-T = seq_len or block_size
-if T > block_size:
-    fail(f'--seq_len={seq_len}: the model has block_size {block_size} positions; lower the one or raise the other', 2)
-if len(train_tokens) < T + 1:
-    fail(f'data/{dataset} holds {len(train_tokens)} training tokens, fewer than seq_len {T} and the next; '
-         f"give a longer --input{f', or --seq_len={len(train_tokens) - 1} or less' if len(train_tokens) > 1 else ''}")
-if val_tokens is not None and len(val_tokens) < 2:
-    val_tokens = None  # one token has nothing to predict it from
-windows = (len(train_tokens) - 1) // T  # an epoch
-windows_per_step = batch_size * gradient_accumulation_steps
-epoch_steps = max(windows // windows_per_step, 1)
+from config import configure, end, fail, given, merge, on_signals
+from model import (GPT, GPTConfig, device_name, duration, keep_freed_memory, load, pick_device, pick_dtype,
+                   product, read, recited, save, split_loss)
+from prepare import check_data, check_dataset, get_tokenizer, load_data, prepare
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_starts(epoch):
-    """First tokens of an epoch's windows, in the order that (seed, epoch) draws."""
-    rng = np.random.default_rng((seed, epoch))
-    starts = rng.permutation(windows) * T
-    if shift_windows:
-        starts += rng.integers(T)
-        starts[starts + T + 1 > len(train_tokens)] = 0  # the one pushed off the end takes what the shift left at the head
-    return starts
+# -- optimizer -----------------------------------------------------------------------------------------------
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with an orthogonalized update: every direction of a matrix is learnt at the same rate.
+
+    For 2-D weights; Keller Jordan's, https://kellerjordan.github.io/posts/muon/. The update is scaled by
+    0.2·√max(rows, columns), which makes it as long as AdamW's, so that one learning rate serves both
+    (Moonlight, https://arxiv.org/abs/2502.16982). c_attn (3C, C) counts as three matrices: q, k and v.
+    dtype is the type of the products; bfloat16 is slow on a CPU without bfloat16 units.
+    """
+    def __init__(self, groups, lr, momentum=0.95, dtype=torch.bfloat16):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            weights, lr = group['params'], group['lr']
+            for p in weights:
+                if 'momentum' not in self.state[p]:
+                    self.state[p]['momentum'] = torch.zeros_like(p)
+            averages = [self.state[p]['momentum'] for p in weights]
+            updates = [p.grad for p in weights]
+            torch._foreach_lerp_(averages, updates, 1 - group['momentum'])
+            torch._foreach_lerp_(updates, averages, group['momentum'])  # Nesterov; overwrites the gradients
+            torch._foreach_mul_(weights, 1 - lr * group['weight_decay'])
+            same_shape = {}  # matrices of one shape are orthogonalized as one batch
+            for p, update in zip(weights, updates):
+                parts = 3 if p.size(0) == 3 * p.size(1) else 1
+                for pair in zip(p.chunk(parts), update.chunk(parts)):
+                    same_shape.setdefault(pair[0].shape, []).append(pair)
+            for shape, pairs in same_shape.items():
+                matrices, updates = zip(*pairs)
+                updates = orthogonalize_in_ranks(torch.stack(updates), self.dtype).float()
+                torch._foreach_add_(matrices, list(updates), alpha=-0.2 * max(shape)**0.5 * lr)
 
 
-def get_batch(step, micro_step):
-    """Inputs and targets (B, T) of a forward pass: a function of (seed, step) alone, however the run was cut or shared."""
-    first = step * windows_per_step + (micro_step * ranks + rank) * rows
-    return fetch(train_source, [epoch_starts(i // windows)[i % windows] for i in range(first, first + rows)])
+def orthogonalize_in_ranks(x, dtype):
+    """orthogonalize(x (n, rows, columns)), where each rank does its share of the n and receives the rest."""
+    if not dist.is_initialized():
+        return orthogonalize(x, dtype)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    share = math.ceil(len(x) / ranks)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, share * ranks - len(x)))
+    whole = torch.empty_like(padded, dtype=dtype)
+    dist.all_gather_into_tensor(whole, orthogonalize(padded.split(share)[rank], dtype).contiguous())
+    return whole[:len(x)]
 
 
-def fetch(tokens, starts):
-    """The windows of T tokens at `starts` and their next tokens, each (B, T), on the device."""
-    starts = torch.tensor(np.array(starts))[:, None]
-    if tokens.is_cuda:
-        starts = starts.pin_memory().to(device, non_blocking=True)
-    ids = tokens[starts + torch.arange(T + 1, device=starts.device)]  # (B, T + 1)
-    if device_type == 'cuda' and not tokens.is_cuda:
-        ids = ids.pin_memory()
-    ids = ids.to(device, non_blocking=True).long()
-    return ids[:, :-1], ids[:, 1:].contiguous()
+def orthogonalize(x, dtype=torch.float32, steps=5):
+    """Matrices (n, rows, columns) with singular values near 1, by Muon's quintic Newton-Schulz iteration."""
+    tall = x.size(1) > x.size(2)
+    if tall:
+        x = x.transpose(1, 2)
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-30)).to(dtype)  # it converges for singular values under 1
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)
+        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, poly, x, beta=3.4445)
+    return x.transpose(1, 2) if tall else x
 
 
-# -- the model ---------------------------------------------------------------------------------------------------------
-try:
-    config = GPTConfig(block_size, data_meta['tokenizer']['vocab_size'], n_layer, n_head, n_embd, dropout, bias)
-except ValueError as error:
-    fail(error, 2)
-compute_dtype = pick_dtype(device, dtype)
-torch.manual_seed(seed)
-if device_type == 'cuda':
-    torch.backends.cuda.matmul.allow_tf32 = dtype != 'float32'
-if deterministic:
-    os.environ.update(CUBLAS_WORKSPACE_CONFIG=':4096:8', TORCHINDUCTOR_DETERMINISTIC='1')
-    torch.use_deterministic_algorithms(True)
-# on a GPU a corpus of up to half a billion tokens lives there, and only the windows' starts travel
-train_source, val_source = (
-    split if split is None else torch.from_numpy(split.astype(np.int32)).to(device)
-    if device_type == 'cuda' and len(split) < 2**29 else torch.from_numpy(split) for split in (train_tokens, val_tokens))
-autocast = functools.partial(torch.autocast, device_type, dtype=compute_dtype, enabled=compute_dtype != torch.float32)
-
-made_by = 'train.py ' + ' '.join(sys.argv[1:])
-if init_from in ('scratch', 'resume'):
-    model = GPT(config).to(device)
-    model.trained_context = T
-    if checkpoint:
-        model.load_state_dict(checkpoint['model'])
-        model.trained_context = max(T, checkpoint['trained_context'])
-else:
-    model = parent.to(device)
-    if get_tokenizer(parent_meta['tokenizer']).meta != data_meta['tokenizer']:
-        fail(f"{init_from} reads tokenizer {parent_meta['tokenizer']['name']}, and data/{dataset} is in another; {way_out}")
-    model.trained_context = max(T, model.trained_context)
-    for module in model.modules():
-        if hasattr(module, 'dropout'):
-            module.dropout = dropout
-    model.config.dropout = dropout
-model.train()
-model.gradient_checkpointing = gradient_checkpointing
-raw_model = model  # the one to save: a compiled model prefixes its names with _orig_mod.
-groups = model.param_groups(weight_decay)
-optimizers = [torch.optim.AdamW(groups[1:] if optimizer == 'muon' else groups, lr=learning_rate, betas=(beta1, beta2),
-                                fused=device_type in ('cuda', 'cpu'))]
-if optimizer == 'muon':
-    optimizers.append(Muon(groups[:1], lr=learning_rate, dtype=compute_dtype))
-scaler = torch.amp.GradScaler(device_type, enabled=compute_dtype == torch.float16)
-if compile == 'True' or compile == 'auto' and device_type == 'cuda':
-    model = torch.compile(model, dynamic=False)
-    try:
-        with autocast():
-            model(*get_batch(0, 0)).backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        print(f"compile failed ({str(error).strip().splitlines()[0][:200]}); going on eagerly, which is slower", file=sys.stderr)
-        model = raw_model
-    raw_model.zero_grad(set_to_none=True)
-
-# -- the state of the run, all of it, and how it is kept ---------------------------------------------------------------
-state = dict(step=0, seconds=0.0, log_bytes=0, logged_step=0, loss_sum=0.0, loss_count=0, tokens=0, recent=[], first_loss=0.0,
-             best_loss=math.inf, grad_norm=0.0, best_val=math.inf, best_val_step=0, bad_evals=0, passed={}, losses={},
-             tuned=init_from not in ('scratch', 'resume'))
-if checkpoint:
-    state = checkpoint['state']
-    for one, kept in zip(optimizers, checkpoint['optimizers']):
-        decays = [group['weight_decay'] for group in one.param_groups]  # as this command has them
-        one.load_state_dict(kept)
-        for group, decay in zip(one.param_groups, decays):
-            group['weight_decay'] = decay
-    if checkpoint['scaler']:
-        scaler.load_state_dict(checkpoint['scaler'])
-    checkpoint = None
-milestones = [m for m in (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold) if m]
-threshold_window = min(epoch_steps, 100)
-pending = []  # (loss, gradient norm) of steps whose values are still on their way from the device
-lock = threading.RLock()  # held while weights, optimizer and state change together
-saved_step = -1
-wish = 0  # a signal's number, in a run of several ranks, which must stop together
+def cosine(start, end, x):
+    """From start to end along half a cosine wave, for x from 0 to 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * x)) / 2
 
 
-def rate(i):
-    """Learning rate of step i from 0, and beta1."""
-    last = lr_decay_iters or max_iters
-    if schedule == 'onecycle':  # torch.optim.lr_scheduler.OneCycleLR with its defaults
-        peak = 0.3 * last - 1
-        up = i <= peak
-        x = i / peak if up else min((i - peak) / (last - 1 - peak), 1.0)
-        ease = (1 + math.cos(math.pi * x)) / 2  # 1 -> 0
-        ends = (learning_rate / 25, learning_rate) if up else (learning_rate, learning_rate / 25 / 1e4)
-        betas = (0.95, 0.85) if up else (0.85, 0.95)
-        return ends[1] + (ends[0] - ends[1]) * ease, betas[1] + (betas[0] - betas[1]) * ease
-    if i < warmup_iters:
-        return learning_rate * (i + 1) / warmup_iters, beta1
-    x = min((i - warmup_iters) / max(last - warmup_iters, 1), 1.0)
-    share = {'cosine': (1 + math.cos(math.pi * x)) / 2, 'linear': 1 - x, 'constant': 1.0}[schedule]
-    return (min_lr + share * (learning_rate - min_lr) if schedule != 'constant' else learning_rate), beta1
+def rate_at(step, steps, schedule, peak, least, warmup, beta1):
+    """(learning rate, beta1) of a step, counted from 0, where the schedule ends after `steps`."""
+    if schedule == 'onecycle':  # torch.optim.lr_scheduler.OneCycleLR with its defaults, which cycle beta1 too
+        top = 0.3 * steps - 1
+        if step <= top:
+            return cosine(peak / 25, peak, step / top), cosine(0.95, 0.85, step / top)
+        x = min((step - top) / (steps - 1 - top), 1.0)
+        return cosine(peak, peak / 25 / 1e4, x), cosine(0.85, 0.95, x)
+    if step < warmup:
+        return peak * (step + 1) / warmup, beta1
+    x = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    rates = {'cosine': cosine(peak, least, x), 'linear': least + (1 - x) * (peak - least), 'constant': peak}
+    return rates[schedule], beta1
 
 
-def drain():
-    """Bring the pending losses from the device into the state: the only wait for the device between two log lines."""
-    if not pending:
-        return
-    values = torch.stack([torch.stack(pair) for pair in pending]).tolist()
+
+# -- batches -------------------------------------------------------------------------------------------------
+
+class Windows:
+    """The windows of T tokens, each with the next token, that a split is cut into."""
+
+    def __init__(self, tokens, T, device, seed=0, shift=False):
+        self.tokens, self.T, self.device, self.seed, self.shift = tokens, T, device, seed, shift
+        self.count = (len(tokens) - 1) // T  # windows an epoch
+        self.source = torch.from_numpy(tokens)
+        if device.startswith('cuda') and len(tokens) < 2**29:  # so only the windows' starts travel to the GPU
+            self.source = torch.from_numpy(tokens.astype(np.int32)).to(device)
+
+    @functools.lru_cache(maxsize=2)
+    def starts(self, epoch):
+        """First tokens (count,) of an epoch's windows, in the order that (seed, epoch) draws."""
+        rng = np.random.default_rng((self.seed, epoch))
+        starts = rng.permutation(self.count) * self.T
+        if self.shift:
+            starts += rng.integers(self.T)
+            starts[starts + self.T + 1 > len(self.tokens)] = 0  # past the end: cover the head instead
+        return starts
+
+    def batch(self, first, rows):
+        """Windows number first … first + rows - 1, counted over all epochs; see at()."""
+        return self.at([self.starts(i // self.count)[i % self.count] for i in range(first, first + rows)])
+
+    def at(self, starts):
+        """Inputs and targets, each (B, T), on the device, of the windows that begin at `starts` (B,)."""
+        starts = torch.tensor(np.array(starts))[:, None]
+        if self.source.is_cuda:
+            starts = starts.pin_memory().to(self.device, non_blocking=True)
+        ids = self.source[starts + torch.arange(self.T + 1, device=starts.device)]  # (B, T + 1)
+        ids = ids.to(self.device, non_blocking=True).long()
+        return ids[:, :-1], ids[:, 1:].contiguous()
+
+
+# -- what is measured ----------------------------------------------------------------------------------------
+
+def collect(pending, state, epoch_steps, milestones, scaled):
+    """Bring the last steps' losses and gradient norms from the device into the state, and empty `pending`.
+
+    This is the loop's only wait for the device between log lines. Raises ValueError if one is not finite;
+    with a loss scaler (float16) a gradient may overflow.
+    """
+    values = torch.stack([torch.stack(pair) for pair in pending]).tolist() if pending else []
     first = state['step'] - len(pending) + 1
     pending.clear()
-    for step, (loss, grad_norm) in enumerate(values, first):
-        if not math.isfinite(loss) or not math.isfinite(grad_norm) and not scaler.is_enabled():
-            if not master:
-                os._exit(1)
-            fail(f'loss {loss}, gradient norm {grad_norm} at step {step}: the run has blown up; {out_dir}/ckpt.pt is kept as it was. '
-                 f'Lower --learning_rate={learning_rate}, raise --warmup_iters={warmup_iters}, or give --dtype=float32')
+    for step, (loss, norm) in enumerate(values, first):
+        if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
+            raise ValueError(f'loss {loss}, gradient norm {norm} at step {step}: the run has blown up; its '
+                             'last checkpoint is kept. Lower --learning_rate, or raise --warmup_iters')
         state['first_loss'] = state['first_loss'] or loss
         state['loss_sum'] += loss
         state['loss_count'] += 1
-        state['recent'] = (state['recent'] + [loss])[-threshold_window:]
+        state['recent'] = (state['recent'] + [loss])[-epoch_steps:]
         state['best_loss'] = min(state['best_loss'], loss)
-        state['grad_norm'] = grad_norm
+        state['grad_norm'] = norm
         for milestone in milestones:
             if loss < milestone:
                 state['passed'].setdefault(str(milestone), step)
 
 
-def save_checkpoint():
-    global saved_step
-    with lock:
-        drain()
-        state['seconds'] = last_seconds + time.time() - began
-        if master and out_dir and saved_step != state['step']:
-            save(files['ckpt.pt'], raw_model, data_meta['tokenizer'], kind='checkpoint', step=state['step'], dataset=dataset, made_by=made_by,
-                 losses=state['losses'], settings=settings, data=data_meta, state=state, optimizers=[one.state_dict() for one in optimizers],
-                 scaler=scaler.state_dict())
-            saved_step = state['step']
+def agree(loss, signalled, late):
+    """(mean loss of all ranks, [a rank was signalled, rank 0 is late]), in one exchange without a wait."""
+    if not dist.is_initialized():
+        return loss, (signalled, late)
+    flags = [torch.full_like(loss, flag) for flag in (signalled, late and dist.get_rank() == 0)]
+    sums = torch.stack([loss, *flags])
+    dist.all_reduce(sums)
+    return sums[0] / dist.get_world_size(), sums[1:]
 
 
-def on_signal(receiver):
-    """Wait for Ctrl-C or SIGTERM, save, end. A thread of its own: backward is one long call in which Python's own
-    handlers would wait, and a save needs none of what it is computing.
-    """
-    global wish
-    number = wish = receiver.recv(1)[0]
-    if ranks > 1:  # the loop passes it on with the gradients and stops all; where a step takes longer, rank 0 saves alone
-        time.sleep(1.5 if master else 25)
-        if not master:
-            os._exit(128 + number)
-    with lock:
-        try:
-            save_checkpoint()
-            farewell(number)
-        except BaseException as error:
-            print(f'train.py: {error}', file=sys.stderr)
-            number = 1 - 128
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(128 + number)
+# dense 16-bit tensor FLOP/s from the makers' data sheets
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'L40S': 362e12,
+              'L4': 121e12, 'V100': 125e12, 'T4': 65e12, '4090': 165e12, '3090': 71e12}
 
 
-@functools.cache  # the loop and the thread may both come here
-def farewell(number):
-    where = f"saved in {files['ckpt.pt']}; go on with the same command and --init_from=resume" if out_dir else 'nothing kept'
-    print(f"\n{signal.Signals(number).name} at step {state['step']:,}: {where}", file=sys.stderr)
+def peak_flops(device, dtype, measure):
+    """The device's greatest FLOP/s: its data sheet's for 16 bits, else, to `measure`, a product's; else 0."""
+    name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != torch.float32 else ''
+    for key, peak in PEAK_FLOPS.items():
+        if key in name:
+            return peak
+    if not measure:
+        return 0
+    n = 4096 if device.startswith('cuda') else 1024
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    timer = torch.utils.benchmark.Timer('product(a, a)', globals=dict(product=product, a=a))
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=0.3).median
 
 
-def on_error(kind, error, trace, report=sys.excepthook):
-    """sys.excepthook: whoever read our output is gone (`| head`), but the run need not be lost."""
-    if issubclass(kind, BrokenPipeError):
-        save_checkpoint()
-    report(kind, error, trace)
+def peak_memory(device):
+    """The most memory used so far, in GB: the GPU's, or this process's (0 on Windows)."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated() / 1e9
+    if os.name != 'posix':
+        return 0.0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
 
 
-def exchange(step_loss, over):
-    """Average gradients and loss over all ranks, in place, once a step; return whether any has a signal, or time is over."""
-    grads = [p.grad for p in raw_model.parameters()]
-    flags = torch.stack([torch.full((), float(flag), device=device)  # torch.tensor would wait for the device
-                         for flag in (wish == signal.SIGINT, wish == signal.SIGTERM, over)])
-    flat = torch.cat([grad.flatten() for grad in grads] + [step_loss[None], flags])
-    sum_over_ranks(flat)
-    flat /= ranks
-    *parts, loss, flags = flat.split([grad.numel() for grad in grads] + [1, 3])
-    for grad, part in zip(grads, parts):
-        grad.copy_(part.view_as(grad))
-    step_loss.copy_(loss[0])
-    return flags
+def print_sample(model, tokenizer, seed):
+    ids = torch.tensor([[tokenizer.start]])
+    written = [step.item() for step in model.generate(ids, 100, temperature=0.8, top_k=50, seed=seed)]
+    print('  | ' + tokenizer.decode_bytes(written).decode('utf-8', 'replace').strip().replace('\n', '\n  | '))
 
 
-def sum_over_ranks(tensor):
+if __name__ == '__main__':
+    # run
+    out_dir = 'out'                  # folder of checkpoints, model and log; empty = write nothing
+    init_from = 'scratch'            # scratch, resume, gpt2, a path or Hub id; auto, auto:gpt2: resume first
+    overwrite = False                # start over where a run already is
+    # data
+    input = 'input.txt'              # text, prepared if data/<dataset>/ is not there: a file, folder or glob
+    dataset = 'shakespeare'          # tokens come from data/<dataset>/
+    tokenizer = 'gpt2'               # gpt2 or char
+    val_fraction = 0.1               # share of the text kept for validation; 0 = none
+    # model
+    n_layer = 12                     # blocks
+    n_head = 12                      # attention heads a block
+    n_embd = 768                     # width, a multiple of n_head
+    block_size = 1024                # positions that the model has, tokens
+    dropout = 0.0                    # share of activations dropped; helps where a small text is read often
+    bias = True                      # biases in linear layers and norms, as GPT-2; False is a little faster
+    # batch
+    batch_size = 8                   # windows a forward pass; more is faster a token until memory is full
+    seq_len = 0                      # tokens a window; 0 = block_size
+    gradient_accumulation_steps = 1  # forward passes a step: a larger batch in the same memory
+    shift_windows = True             # draw each epoch's first cut; generalises better than fixed windows
+    # optimizer
+    optimizer = 'adamw'              # adamw, or muon for the blocks' matrices (twice the progress a step)
+    learning_rate = 6e-4             # the highest
+    min_lr = 6e-5                    # where cosine and linear end
+    schedule = 'cosine'              # cosine, onecycle (torch's OneCycleLR; sets beta1 too), linear, constant
+    warmup_iters = 100               # steps of linear warm-up: (i + 1) / warmup_iters of the rate at step i
+    lr_decay_iters = 0               # step at which the schedule ends; 0 = max_iters
+    weight_decay = 0.1               # of matrices, not of biases and norms
+    beta1 = 0.9                      # AdamW's memory of the gradient
+    beta2 = 0.95                     # AdamW's memory of its square; nearer 1 for small batches
+    grad_clip = 1.0                  # greatest gradient norm; 0 = no clipping
+    # stopping
+    max_iters = 5000                 # steps
+    loss_threshold = 0.0             # stop when an epoch's mean (at most 100 steps) is under it; 0 = never
+    patience = 0                     # stop after so many evaluations without a better one; 0 = never
+    max_minutes = 0.0                # stop, ready to resume, after so long; 0 = never
+    # rhythm, in steps; 0 = never
+    log_interval = 10                # a line here and in out_dir/log.csv
+    eval_interval = 250              # validation, and out_dir/best.pt where it is the best so far
+    eval_iters = 20                  # batches an evaluation of a split
+    checkpoint_interval = 500        # the whole state to out_dir/ckpt.pt
+    sample_interval = 500            # print what the model writes by now
+    final_eval_tokens = 0            # tokens of each split in the losses at the end; 0 = all
+    # system
+    device = 'auto'                  # auto, cpu, cuda, cuda:1, mps
+    dtype = 'auto'                   # auto (bfloat16 where the chip has it), float32, bfloat16, float16
+    compile = 'auto'                 # auto (on CUDA), True or False: a minute of compiling for faster steps
+    gradient_checkpointing = False   # run each forward again in backward: a third slower, much less memory
+    measure_peak = False             # time a product where the chip's peak FLOP/s is unknown, to print MFU
+    deterministic = False            # repeat bit for bit on CUDA too, somewhat slower
+    seed = 1337                      # of weights, order of windows, dropout
+    settings = configure(globals(), dict(
+        dataset=check_dataset, device=pick_device, val_fraction=(0, 0.999999), tokenizer=('gpt2', 'char'),
+        batch_size=(1, 2**16), gradient_accumulation_steps=(1, 2**16), optimizer=('adamw', 'muon'),
+        learning_rate=(0, 1e3), schedule=('cosine', 'onecycle', 'linear', 'constant'), beta1=(0, 0.999999),
+        beta2=(0, 0.99999999), eval_iters=(1,), dtype=('auto', 'float32', 'bfloat16', 'float16'),
+        compile=('auto', 'True', 'False')),
+        'lower --batch_size and raise --gradient_accumulation_steps, or give --gradient_checkpointing')
+    if patience and not eval_interval:
+        fail('--patience needs evaluations, but --eval_interval is 0; set --eval_interval', 2)
+
+    # -- the run: a new one, the one in out_dir, or one that starts from another model -----------------------
+    rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # torchrun's
+    master = rank == 0  # the rank that prints and writes
+    if not master:
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')
+    errors = sys.stderr if master else sys.stdout
+    files = {name: os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt', 'model.pt', 'log.csv')}
+    there = [path for path in files.values() if out_dir and os.path.exists(path)]
+    resumable, start, replace = files['ckpt.pt'] in there, init_from, overwrite
+    if start.split(':')[0] == 'auto':
+        start = 'resume' if resumable else start[5:] or 'scratch'
+        replace |= files['model.pt'] not in there  # killed before its first checkpoint: nothing to keep
+    checkpoint = parent = None
+    shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
+    if start == 'resume':
+        if not resumable:
+            fail(f"{files['ckpt.pt']}: nothing to resume; leave --init_from away to start a run")
+        checkpoint = read(files['ckpt.pt'])
+        if checkpoint['kind'] != 'checkpoint':
+            fail(f"{files['ckpt.pt']}: a checkpoint of folio is wanted; name it with --init_from instead")
+        for key in ('out_dir', 'init_from', 'overwrite'):
+            del checkpoint['settings'][key]
+        fixed = (*shape, 'dataset', 'tokenizer', 'optimizer')
+        merge(settings, globals(), checkpoint['settings'], fixed, f'the run in {out_dir}')
+    elif there and not replace:
+        fail(f"{', '.join(there)}: a run is already there; {'--init_from=resume goes on, ' * resumable}"
+             '--overwrite replaces it, --out_dir=out/another keeps it')
+    chip = pick_device(device)
+    kind = chip.split(':')[0]
+    if kind == 'cuda':
+        torch.cuda.set_device(chip)  # first, or the next calls would open a context on GPU 0
+    keep_freed_memory()
+    if start not in ('scratch', 'resume'):
+        parent, about = load(start)
+        if parent.config.quantized:
+            fail(f"{about['path']}: {parent.config.quantized} cannot be trained; name the float model")
+        print(f"{about['path']}: {parent.num_params():,} parameters, step {about['step']:,}", file=errors)
+        kept = {key: getattr(parent.config, key) for key in shape}
+        merge(settings, globals(), {**kept, 'tokenizer': about['tokenizer']['name']}, shape, start)
+    # this rank's share of a step: of the accumulation if that divides evenly, else of the batch
+    windows_per_step, accumulation = batch_size * gradient_accumulation_steps, gradient_accumulation_steps
+    accumulation //= 1 if accumulation % ranks else ranks
+    rows = windows_per_step // (accumulation * ranks)
+    if rows * accumulation * ranks != windows_per_step:
+        fail(f'{ranks} ranks cannot share batch_size {batch_size}; make it a multiple of {ranks}', 2)
+
+    # -- the data --------------------------------------------------------------------------------------------
+    if ranks > 1:  # a day: the others wait while the first rank prepares a large corpus
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=datetime.timedelta(days=1))
+    if master and not os.path.exists(f'data/{dataset}/train.bin'):
+        alphabet = about['tokenizer'].get('characters', '') if parent else ''
+        prepare(input, dataset, tokenizer, val_fraction, characters=alphabet)
+    if ranks > 1:
+        dist.barrier()
+    train_tokens, val_tokens, data_meta = load_data(dataset)
+    T, vocab_size = seq_len or block_size, data_meta['tokenizer']['vocab_size']
     try:
-        dist.all_reduce(tensor)
-    except RuntimeError as error:
-        fail(f'rank {rank} lost the others: {str(error).splitlines()[0]}')
+        wanted = given & {'tokenizer', 'val_fraction', 'input'}
+        check_data(dataset, data_meta, {key: settings[key] for key in wanted})
+        config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
+    except ValueError as error:
+        fail(error, 2)
+    if T > block_size:
+        fail(f'--seq_len={seq_len}: the model has {block_size} positions, its block_size', 2)
+    if checkpoint and checkpoint['data'] != data_meta:
+        fail(f'data/{dataset} is not what this run was trained on; prepare that, or take another --out_dir')
+    if parent and about['tokenizer'] != data_meta['tokenizer']:
+        fail(f'data/{dataset} is not in the tokenizer of {start}; name another --dataset, or prepare it so')
+    if len(train_tokens) < T + 1:
+        fail(f'data/{dataset}: {len(train_tokens)} training tokens, under seq_len {T} + 1; lower --seq_len')
+    train = val = Windows(train_tokens, T, chip, seed, shift_windows)
+    if val_tokens is not None and len(val_tokens) > 1:  # nothing predicts a token that stands alone
+        val = Windows(val_tokens, T, chip)
+    epoch_steps = max(train.count // windows_per_step, 1)
 
+    # -- the model and the optimizers ------------------------------------------------------------------------
+    compute_dtype = pick_dtype(chip, dtype)
+    autocast = functools.partial(torch.autocast, kind, compute_dtype, enabled=compute_dtype != torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = dtype != 'float32'
+    if deterministic:
+        os.environ.update(CUBLAS_WORKSPACE_CONFIG=':4096:8', TORCHINDUCTOR_DETERMINISTIC='1')
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(seed)
+    raw_model = GPT(config).to(chip)  # the one to save: a compiled model prefixes its names with _orig_mod.
+    raw_model.trained_context, raw_model.gradient_checkpointing = T, gradient_checkpointing
+    if checkpoint or parent:
+        raw_model.load_state_dict(checkpoint['model'] if checkpoint else parent.state_dict())
+        raw_model.trained_context = max(T, (checkpoint or about)['trained_context'])
+    groups = raw_model.param_groups(weight_decay)
+    optimizers = [torch.optim.AdamW(groups[1:] if optimizer == 'muon' else groups, lr=learning_rate,
+                                    betas=(beta1, beta2), fused=kind in ('cuda', 'cpu'))]
+    if optimizer == 'muon':
+        optimizers.append(Muon(groups[:1], lr=learning_rate, dtype=compute_dtype))
+    scaler = torch.amp.GradScaler(kind, enabled=compute_dtype == torch.float16)
+    rate = functools.partial(rate_at, steps=lr_decay_iters or max_iters, schedule=schedule, beta1=beta1,
+                             peak=learning_rate, least=min_lr, warmup=warmup_iters)
+    model = raw_model
+    if compile == 'True' or compile == 'auto' and kind == 'cuda':
+        try:
+            model = torch.compile(raw_model, dynamic=False)
+            with autocast():
+                model(*train.batch(0, rows)).backward()
+        except Exception as error:
+            model, reason = raw_model, str(error).strip().splitlines()[0][:200]
+            print(f'compile failed ({reason}); going on eagerly, which is slower', file=sys.stderr)
+        raw_model.zero_grad(set_to_none=True)
+    how = str(compute_dtype).removeprefix('torch.') + (', compiled' if model is not raw_model else '')
+    if ranks > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
 
-def leave(status):
-    """End one rank of several at once: Python's way out aborts now and then ("terminate called without an active
-    exception", 4 of 14 runs of four ranks with gloo), and torchrun takes the run for failed.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    # -- the state of the run: all of it but weights and optimizers ------------------------------------------
+    # logged_step -1: a run that starts from another model evaluates that first
+    state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if parent else 0, loss_sum=0.0, loss_count=0,
+                 log_bytes=0, recent=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
+                 losses={}, best_val=math.inf, best_val_step=0, bad_evals=0)
+    if checkpoint:
+        state = checkpoint['state']
+        for one, kept in zip(optimizers, checkpoint['optimizers']):  # the rates are this command's
+            one.load_state_dict({'state': kept['state'], 'param_groups': one.state_dict()['param_groups']})
+        scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
+    facts = dict(tokenizer=data_meta['tokenizer'], trained_context=raw_model.trained_context, dataset=dataset,
+                 made_by='train.py ' + ' '.join(sys.argv[1:]))
+    checkpoint = parent = None  # frees their memory
+    if master and out_dir:
+        os.makedirs(out_dir, exist_ok=True)
+        for path in there if start != 'resume' else ():
+            os.remove(path)
+        if os.path.exists(files['log.csv']):  # rows after the checkpoint come again
+            os.truncate(files['log.csv'], min(state['log_bytes'], os.path.getsize(files['log.csv'])))
 
+    # -- what is saved, logged and evaluated -----------------------------------------------------------------
+    caught, pending, flags = [], [], (False, False)  # signals; steps not collected; agree()'s answer
+    peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
-def log_row(**row):
-    """Append a row to log.csv, in one write."""
-    if not (master and out_dir):
-        return
-    columns = ['step', 'loss', 'grad_norm', 'lr', 'train_loss', 'val_loss', 'tokens_per_s', 'seconds']
-    line = ','.join(row.get(column, '') for column in columns) + '\n'
-    with open(files['log.csv'], 'a', encoding='utf-8', newline='\n') as f:
-        if f.tell() == 0:
-            line = ','.join(columns) + '\n' + line
-        f.write(line)
-        f.flush()
-        state['log_bytes'] = f.tell()
+    def keep(name, **more):
+        """Write one of the run's model files; see save()."""
+        if master and out_dir:
+            save(files[name], config, raw_model.state_dict(), step=state['step'], **facts, **more)
 
+    def keep_checkpoint():
+        keep('ckpt.pt', kind='checkpoint', losses=state['losses'], settings=settings, data=data_meta,
+             state=state, optimizers=[one.state_dict() for one in optimizers], scaler=scaler.state_dict())
 
-@torch.no_grad()
-def evaluate(tokens):
-    """Mean loss over eval_iters batches of windows spread evenly over a split, always the same ones, shared by the ranks."""
-    count = (len(tokens) - 1) // T
-    with autocast():
-        if count <= eval_iters * batch_size:
-            return split_loss(raw_model, tokens.numpy(force=True), T)
-        raw_model.eval()  # not the compiled one: it would be compiled a second time for this
-        starts = np.linspace(0, count - 1, eval_iters * batch_size).astype(np.int64) * T
-        parts, total = starts.reshape(-1, rows), torch.zeros((), device=device)
+    def log_line(step, losses, speed, left):
+        """Print a line and append a row to log.csv; the loss is the mean since the last row."""
+        loss, lr = state['loss_sum'] / state['loss_count'], rate(step - 1)[0]
+        mfu = f'  mfu {speed * flops / peak:.0%}' if peak else ''
+        print(f"step {step:,}/{max_iters:,}  loss {loss:.4f}  best {state['best_loss']:.4f}  norm "
+              f"{state['grad_norm']:.2f}  lr {lr:.2e}  {speed:,.0f} tok/s{mfu}  {peak_memory(chip):.1f} GB  "
+              f'{left} left', flush=True)
+        row = dict(step=step, loss=loss, grad_norm=state['grad_norm'], lr=f'{lr:.6e}', train_loss='',
+                   val_loss='', tokens_per_s=speed, seconds=state['seconds']) | losses
+        if master and out_dir:
+            cells = [f'{cell:.6f}' if isinstance(cell, float) else str(cell) for cell in row.values()]
+            with open(files['log.csv'], 'a', encoding='utf-8', newline='\n') as f:  # one write for the row
+                f.write((','.join(row) + '\n' if f.tell() == 0 else '') + ','.join(cells) + '\n')
+                f.flush()
+                state['log_bytes'] = f.tell()
+
+    @torch.no_grad()
+    def evaluate(split):
+        """Mean loss of eval_iters batches, spread evenly over a split, the same each time; ranks share them.
+
+        A split with fewer windows is taken whole. None if a signal is caught on the way.
+        """
+        count, total = eval_iters * batch_size, torch.zeros((), device=chip)
+        if split.count <= count:
+            return split_loss(raw_model, split.tokens, T)
+        parts = (np.linspace(0, split.count - 1, count).astype(np.int64) * T).reshape(-1, rows)
         for part in parts[rank::ranks]:
-            total += raw_model(*fetch(tokens, part))
-        raw_model.train()
+            total += raw_model(*split.at(part))
+            if caught and ranks == 1:
+                return None
         if ranks > 1:
-            sum_over_ranks(total)
+            dist.all_reduce(total)
         return total.item() / len(parts)
 
-
-def both_losses():
-    train = evaluate(train_source)
-    return {'train_loss': train, 'val_loss': train if val_source is None else evaluate(val_source)}
-
-
-def print_sample():
-    ids = torch.tensor([[text.start]])
-    written = [step.item() for step in raw_model.generate(ids, 100, temperature=0.8, top_k=50, seed=seed)]
-    print('  | ' + text.decode_bytes(written).decode('utf-8', 'replace').strip().replace('\n', '\n  | '))
-
-
-# -- start -------------------------------------------------------------------------------------------------------------
-if master and out_dir:
-    os.makedirs(out_dir, exist_ok=True)
-    if init_from != 'resume':
-        for path in there:
-            os.remove(path)
-    elif os.path.exists(files['log.csv']):
-        os.truncate(files['log.csv'], min(state['log_bytes'], os.path.getsize(files['log.csv'])))
-began = time.time()  # on_signal may save from here on, and asks how long the run took
-last_seconds, last_tokens, first_step = state['seconds'], state['tokens'], state['step']
-receiver, sender = socket.socketpair()
-sender.setblocking(False)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: None)  # the byte in the socket wakes on_signal at once
-signal.set_wakeup_fd(sender.fileno())
-threading.Thread(target=on_signal, args=(receiver,), daemon=True).start()
-
-peak = ranks * peak_flops(device, compute_dtype)
-flops = raw_model.flops_per_token(T)
-print(f'{raw_model.num_params():,} parameters on {f"{ranks} x " if ranks > 1 else ""}{device_name(device)}, {str(compute_dtype)[6:]}'
-      f'{", compiled" if model is not raw_model else ""}, {peak / 1e12:.3g} TFLOP/s at most')
-print(f'data/{dataset}: {len(train_tokens):,} training tokens, {0 if val_tokens is None else len(val_tokens):,} for validation'
-      f'{" (none: the training split stands in)" if val_tokens is None else ""}; '
-      f'{batch_size} x {T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
-print(f"{out_dir or 'nothing written'}: {'step ' + format(state['step'], ',') if init_from == 'resume' else f'a new run from {init_from}'}, up to step {max_iters:,}"
-      + (f', or a loss under {loss_threshold}' if loss_threshold else ''))
-epochs = max_iters * windows_per_step / windows  # past four they add little to what a model knows: https://arxiv.org/abs/2305.16264
-if epochs > 4 and raw_model.num_params() > 10 * len(train_tokens) and not loss_threshold:
-    print(f'{len(train_tokens):,} training tokens, read {epochs:.0f} times, are few for so many parameters: they will be learnt by heart. '
-          'A longer --input or fewer --max_iters helps' + ('; best.pt will be from where the validation loss is lowest' if
-                                                           out_dir and eval_interval and val_tokens is not None else ''))
-flags, over, foretold = None, False, False
-sys.excepthook = on_error
-if state.get('tuned') and not state['step'] and math.isinf(state['best_val']) and eval_interval:  # what there is to improve on
-    losses = both_losses()
-    print(f"before the first step: train {losses['train_loss']:.4f}, validation {losses['val_loss']:.4f}", flush=True)
-    if master and out_dir:
-        save(files['best.pt'], raw_model, data_meta['tokenizer'], step=0, losses=losses, dataset=dataset, made_by=made_by)
-    state.update(losses=losses, best_val=losses['val_loss'])
-began = last_time = time.time()
-
-# -- the loop ----------------------------------------------------------------------------------------------------------
-while True:
-    step = state['step']  # steps done
-
-    # look at what is done, once a step; a run that is saved in the middle of this looks again
-    log, evaluation, checkpointing, sampling = (bool(interval) and step % interval == 0 for interval in (
-        log_interval, eval_interval, checkpoint_interval, sample_interval))
-    look = loss_threshold > 0 and step % 10 == 0
-    last = step >= max_iters or over
-    if look or log or evaluation or checkpointing or sampling or last:
-        with lock:
-            drain()
-    looked = time.time()
-    mean = sum(state['recent']) / max(len(state['recent']), 1)  # of the last epoch's steps, at most 100
-    stop = (f'max_iters {max_iters:,} reached' if step >= max_iters else
-            f'loss {mean:.6f} under {loss_threshold}' if look and len(state['recent']) == threshold_window and mean < loss_threshold else
-            f'{max_minutes} minutes over' if over else '')
-    if step > state['logged_step'] and (log or evaluation or stop and not over):  # no row that the run never stopped lacks
-        losses = both_losses() if evaluation else {}
-        better = bool(losses) and losses['val_loss'] < state['best_val']
-        if better and master and out_dir:
-            save(files['best.pt'], raw_model, data_meta['tokenizer'], step=step, losses=losses, dataset=dataset, made_by=made_by)
-        with lock:
-            state['seconds'] = last_seconds + time.time() - began
-            loss, (lr, _) = state['loss_sum'] / state['loss_count'], rate(step - 1)
-            tokens_per_s = (state['tokens'] - last_tokens) / max(looked - last_time, 1e-9)
-            left = (max_iters - step) * (time.time() - began) / max(step - first_step, 1)
-            print(f"step {step:,}/{max_iters:,}  loss {loss:.4f}  best {state['best_loss']:.4f}  norm {state['grad_norm']:.2f}  "
-                  f'lr {lr:.2e}  {tokens_per_s:,.0f} tok/s  mfu {tokens_per_s * flops / peak:.0%}  {peak_memory(device)}  '
-                  f'{duration(left)} left', flush=True)
-            log_row(step=str(step), loss=f'{loss:.6f}', grad_norm=f"{state['grad_norm']:.6f}", lr=f'{lr:.6e}',
-                    tokens_per_s=f'{tokens_per_s:.1f}', seconds=f"{state['seconds']:.2f}",
-                    **{key: f'{value:.6f}' for key, value in losses.items()})
-            state.update(loss_sum=0.0, loss_count=0, logged_step=step)
-            if losses:
-                print(f"  train {losses['train_loss']:.4f}, validation {losses['val_loss']:.4f}{', the best so far' if better else ''}")
-                state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
-                if better:
-                    state.update(best_val=losses['val_loss'], best_val_step=step)
-            last_time, last_tokens = looked, state['tokens']
-    if 0 < patience <= state['bad_evals']:
-        stop = stop or f'no better validation loss in {patience} evaluations'
-    if sampling and step > first_step:
-        print_sample()
-    if checkpointing and step > first_step:
-        save_checkpoint()
-    last_time += time.time() - looked  # tokens/s is of training alone
-    if stop:
-        break
-
-    # one step: forward, backward, clip, update
-    lr, momentum = rate(step)
-    for one in optimizers:
-        for group in one.param_groups:
-            group.update({'lr': lr, **({'betas': (momentum, beta2)} if 'betas' in group else {})})
-    step_loss = torch.zeros((), device=device)
-    for micro_step in range(accumulation):
-        if dropout:
-            torch.manual_seed(hash((seed, step, micro_step, rank)))  # resume draws the same
-        x, y = get_batch(step, micro_step)
+    def evaluate_splits(step):
+        """The losses by name, printed and noted; keeps the best weights. None if a signal is caught."""
         with autocast():
-            loss = model(x, y) / accumulation
-        scaler.scale(loss).backward()
-        step_loss += loss.detach()
-    over = 0 < max_minutes < (time.time() - began) / 60
-    if ranks > 1:
-        flags = exchange(step_loss, over and master)
-    for one in optimizers:
-        scaler.unscale_(one)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    with lock:
+            losses = {'train_loss': evaluate(train), 'val_loss': evaluate(val)}
+        if None in losses.values():
+            return None
+        better = losses['val_loss'] < state['best_val']
+        state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
+        print(f"evaluation at step {step:,}: train {losses['train_loss']:.4f}, validation "
+              f"{losses['val_loss']:.4f}{', the best so far' if better else ''}", flush=True)
+        if better:
+            state.update(best_val=losses['val_loss'], best_val_step=step)
+            keep('best.pt', losses=losses)
+        return losses
+
+    def catch(number, frame):
+        """Note the first signal, for the loop to save and end; a second one ends the process at once."""
+        caught.append(number)
+        on_signals(signal.SIG_DFL)
+
+    def save_if_unread(error_kind, error, trace, report=sys.excepthook):
+        """Save the run when nobody reads its output any more (`| head`)."""
+        if issubclass(error_kind, BrokenPipeError):
+            keep_checkpoint()
+        report(error_kind, error, trace)
+    sys.excepthook = save_if_unread
+
+    # -- the banner ------------------------------------------------------------------------------------------
+    limit = f', {peak / 1e12:.3g} TFLOP/s at most' if peak else ''
+    print(f'{raw_model.num_params():,} parameters on {ranks} x {device_name(chip)}, {how}{limit}')
+    held_out = 'the training split stands in' if val is train else f'{len(val_tokens):,} tokens'
+    print(f'data/{dataset}: {len(train_tokens):,} training tokens; validation: {held_out}; {batch_size} x '
+          f'{T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
+    where = f"step {state['step']:,}" if start == 'resume' else f'a new run from {start}'
+    print(f"{out_dir or 'nothing written'}: {where}, up to step {max_iters:,}")
+    epochs = max_iters / epoch_steps  # past four they teach little: https://arxiv.org/abs/2305.16264
+    if epochs > 4 and raw_model.num_params() > 10 * len(train_tokens) and not loss_threshold:
+        print(f'so few tokens, read {epochs:.0f} times, will be learnt by heart: a longer --input helps')
+
+    # -- the loop --------------------------------------------------------------------------------------------
+    intervals = log_interval, eval_interval, checkpoint_interval, sample_interval
+    threshold_steps = min(epoch_steps, 100)
+    milestones = [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold]
+    began, seconds, first_step = time.time(), state['seconds'], state['step']
+    last_time, last_tokens = began, state['tokens']
+    on_signals(catch)
+    while True:
+        step, stop = state['step'], ''  # steps done, and why to stop
+        signalled, over = map(bool, flags)  # as all ranks agreed in the last step
+        log, evaluation, saving, sampling = (every and step % every == 0 for every in intervals)
+        looking = loss_threshold > 0 and step % 10 == 0
+        if looking or log or evaluation or saving or sampling or signalled or over or step >= max_iters:
+            collect(pending, state, threshold_steps, milestones, scaler.is_enabled())
+        now, mean = time.time(), sum(state['recent']) / max(len(state['recent']), 1)
+        state['seconds'] = seconds + now - began
+        left = duration((now - began) / max(step - first_step, 1) * (max_iters - step))
+        if step >= max_iters:
+            stop = f'max_iters {max_iters:,} reached'
+        elif looking and len(state['recent']) == threshold_steps and mean < loss_threshold:
+            stop = f'loss {mean:.6f} under {loss_threshold}'
+
+        if step > state['logged_step'] and (log or evaluation or stop):
+            losses = evaluate_splits(step) if evaluation else {}
+            if losses is None:
+                break  # the run evaluates again when it goes on
+            if step:
+                log_line(step, losses, (state['tokens'] - last_tokens) / max(now - last_time, 1e-9), left)
+            state.update(loss_sum=0.0, loss_count=0, logged_step=step)
+            last_time, last_tokens = now, state['tokens']
+        elif kind == 'cpu' and step == first_step + 3 and now - began > 10:
+            print(f'at this rate it takes {left} on this CPU; config/quickstart.py takes seconds', flush=True)
+        if 0 < patience <= state['bad_evals']:
+            stop = stop or f'no better validation loss in {patience} evaluations'
+        if sampling and step > first_step:
+            print_sample(raw_model, get_tokenizer(data_meta['tokenizer']), seed)
+        if saving and step > first_step:
+            keep_checkpoint()
+        if stop or over or signalled:
+            break
+        last_time += time.time() - now  # tokens/s is of training alone
+
+        lr, momentum = rate(step)
+        for group in (group for one in optimizers for group in one.param_groups):
+            group.update({'lr': lr, 'betas': (momentum, beta2)} if 'betas' in group else {'lr': lr})
+        loss = torch.zeros((), device=chip)
+        for micro_step in range(accumulation):
+            if dropout:
+                torch.manual_seed(hash((seed, step, micro_step, rank)))  # a resumed run draws the same
+            x, y = train.batch(step * windows_per_step + (micro_step * ranks + rank) * rows, rows)
+            model.require_backward_grad_sync = micro_step == accumulation - 1  # DDP's exchange, once a step
+            with autocast():
+                part = model(x, y) / accumulation
+            scaler.scale(part).backward()
+            loss += part.detach()
+            if caught and ranks == 1:
+                break
+        if caught and ranks == 1:
+            break  # in the middle of a step, which is done again when the run goes on
+        for one in optimizers:
+            scaler.unscale_(one)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         for one in optimizers:
             scaler.step(one)
         scaler.update()
         raw_model.zero_grad(set_to_none=True)
-        pending.append((step_loss, grad_norm))
+        loss, flags = agree(loss, bool(caught), 0 < max_minutes < (time.time() - began) / 60)
+        pending.append((loss, norm))
         state['step'] += 1
         state['tokens'] += windows_per_step * T
-    if flags is not None and (device_type == 'cpu' or step % 10 == 9):  # reading them waits for the device
-        interrupted, terminated, over = (flags > 0).tolist()
-        if interrupted or terminated:
-            save_checkpoint()
-            number = signal.SIGTERM if terminated else signal.SIGINT
-            if master:
-                farewell(number)
-            dist.barrier()  # torchrun ends the others as soon as one is gone
-            leave(128 + number)
-    elif flags is not None:
-        over = False
-    taken = time.time() - began
-    if device_type == 'cpu' and not foretold and (taken > 5 or step == first_step + 2):
-        total, foretold = taken / (step + 1 - first_step) * (max_iters - first_step), True
-        if total > 1800:
-            print(f'at this rate {max_iters - first_step:,} steps take {duration(total)} on this CPU; '
-                  f'python train.py config/quickstart.py shows all of it within a minute', flush=True)
 
-# -- the end: the whole splits, the file to deploy, the report ---------------------------------------------------------
-save_checkpoint()
-if ranks > 1:
-    dist.destroy_process_group()
-if not master:
-    leave(0)
-final, recitals = {}, {}
-for name, tokens in (('validation', val_tokens), ('train', train_tokens)):
-    if tokens is not None and len(tokens) > 1:
+    # -- the end: the last save, the losses of the whole splits, the file to deploy, the report --------------
+    collect(pending, state, threshold_steps, milestones, scaler.is_enabled())
+    keep_checkpoint()
+    if ranks > 1:
+        dist.barrier()  # torchrun ends all ranks when the first one leaves
+        dist.destroy_process_group()
+    if signalled or caught and ranks == 1:
+        number = caught[0] if caught else signal.SIGTERM
+        saved = f"saved in {files['ckpt.pt']}; go on with the same command and --init_from=resume"
+        saved = saved if out_dir else 'nothing kept'
+        print(f"\n{signal.Signals(number).name} at step {state['step']:,}: {saved}", file=errors)
+        sys.exit(128 + number)
+    if not master:
+        sys.exit()
+    on_signals(end)  # at once: all is saved
+    stop, speed = stop or f'{max_minutes} minutes over', state['tokens'] / max(state['seconds'], 1e-9)
+    print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {speed:,.0f} tokens/s")
+    if state['step']:
+        passed = ', '.join(f'{float(mark):g}: {step:,}' for mark, step in state['passed'].items()) or 'none'
+        print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} "
+              f'at best; first step under {passed}')
+    if math.isfinite(state['best_val']):
+        kept = f", kept in {files['best.pt']}" if out_dir else ''
+        print(f"best        {state['best_val']:.4f} validation at step {state['best_val_step']:,}{kept}")
+    final, context = {}, raw_model.trained_context
+    splits = {'train': train_tokens} if val is train else {'validation': val_tokens, 'train': train_tokens}
+    for name, tokens in splits.items():
         with autocast():
-            final[name] = split_loss(raw_model, tokens, raw_model.trained_context, final_eval_tokens, progress(f'{name} loss'))
+            final[name] = split_loss(raw_model, tokens, context, final_eval_tokens, f'{name} loss')
+        count = min(final_eval_tokens or len(tokens), len(tokens))
+        print(f'{name:11s} {final[name]:.4f} over {count:,} of {len(tokens):,} tokens, {context} at a time')
         if not final_eval_tokens and len(tokens) > 100:
-            recitals[name] = recited(raw_model, tokens)
-if out_dir:
-    save(files['model.pt'], raw_model, data_meta['tokenizer'], step=state['step'], losses=final, dataset=dataset,
-         made_by=made_by)
-
-print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {state['tokens'] / max(state['seconds'], 1e-9):,.0f} tokens/s")
-if state['step']:
-    print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at best; first step under "
-          + (', '.join(f'{float(key):g}: {value:,}' for key, value in state['passed'].items()) or 'none'))
-if math.isfinite(state['best_val']):
-    print(f"best        {state['best_val']:.4f} validation at step {state['best_val_step']:,}" + (f", kept in {files['best.pt']}" if out_dir else ''))
-for name, loss in final.items():
-    tokens = val_tokens if name == 'validation' else train_tokens
-    count = min(len(tokens), final_eval_tokens or len(tokens))
-    print(f'{name:11s} {loss:.4f} over {"all " if count == len(tokens) else "the first "}{count:,} tokens, in windows of {raw_model.trained_context}'
-          + (f'; greedy decoding recites {recitals[name]:.0%} of its 50-token continuations' if name in recitals else ''))
-if out_dir:
-    best = patience and state['bad_evals']  # who gives a patience is after the validation loss
-    path = files['best.pt'] if best else '' if out_dir == 'out' else out_dir
-    print(f"{files['best.pt' if best else 'model.pt']} is what one deploys. Now: python sample.py{path and ' --checkpoint=' + shlex.quote(path)}")
-    print(f"{files['log.csv']} has the curve, for a spreadsheet or gnuplot -p -e \"set datafile separator ','; "
-          f"plot '{files['log.csv']}' using 1:2 with lines\"")
-if ranks > 1:
-    leave(0)
+            print(f'recited     {recited(raw_model, tokens):.0%} of its 50-token continuations, greedily')
+    keep('model.pt', losses=final)
+    if out_dir:
+        path = files['best.pt'] if patience and state['bad_evals'] else out_dir  # patience: validation counts
+        print(f"{files['log.csv']} has the curve. Now: python sample.py --checkpoint={shlex.quote(path)}")

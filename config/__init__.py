@@ -1,10 +1,11 @@
-"""Settings, one mechanism for every script.
+"""Settings: one mechanism for every script.
 
-A script states its settings as module-level scalars, a comment beside each, then calls configure(globals()) once:
+A script states its settings as module-level values, each with a comment, and calls configure(globals()) once:
 
     python train.py config/shakespeare.py --batch_size=32 --overwrite
 
-applies in the order given: files (plain Python, able to read the values set so far), --key=value, --key value, --flag.
+Config files, --key=value, --key value and --flag apply in the order given. A config file is plain Python and
+can read the values set so far.
 """
 import builtins
 import difflib
@@ -16,114 +17,145 @@ import sys
 import traceback
 import types
 
-given = set()  # the settings that a file or the command line has set, for a script that asks "or is it the default?"
+given = set()  # names of the settings that a config file or the command line has set
 
 
-def configure(namespace, limits=(), memory_advice='lower the sizes asked for'):
-    """Override the settings in `namespace`, in place, from sys.argv; return all of them as a plain dict.
+def configure(namespace, limits=None, memory_advice='lower the sizes asked for'):
+    """Override the settings in `namespace` by sys.argv, in place; return all of them as a dict.
 
-    A setting is a bool, int, float or str with a lowercase name that does not begin with an underscore. Its default's
-    type is the type it keeps, except that a str whose default is 'auto' takes True and False as well. `limits` maps a name to the
-    strings it may be, to (least,) or (least, greatest), or to a function that raises ValueError. Ends the process with status 2 and one line for anything
-    wrong. In a script (not under test) it also sees to one-line errors (where memory runs out, with `memory_advice`) and to
-    exit status 130 and 143 on signals.
+    A setting is a bool, int, float or str whose name is lowercase and has no leading underscore. It keeps
+    its type. `limits` maps its name to (least,) or (least, greatest), to a tuple of the strings allowed, or
+    to a function that raises ValueError; by default a number must be at least 0. A wrong setting ends the
+    process with one line and status 2.
+
+    Run as a script (not imported by a test), errors are one line too, with `memory_advice` if memory runs
+    out, and Ctrl-C and SIGTERM end the process at once with status 130 and 143.
     """
     if namespace.get('__name__') == '__main__':
         sys.excepthook = functools.partial(report, memory_advice=memory_advice)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    settings = {k: v for k, v in namespace.items()
-                if k.islower() and not k.startswith('_') and type(v) in (bool, int, float, str)}
-    auto = {key for key, value in settings.items() if value == 'auto'}
+        on_signals(end)
+        sys.stderr = sys.stderr or open(os.devnull, 'w', encoding='utf-8')  # None if the shell closed it
+        for stream in filter(None, (sys.stdin, sys.stdout)):
+            stream.reconfigure(encoding='utf-8', errors='surrogateescape')  # takes any bytes, in any locale
+    settings = {key: value for key, value in namespace.items()
+                if key.islower() and not key.startswith('_') and type(value) in (bool, int, float, str)}
+    defaults, args = dict(settings), sys.argv[1:]
     given.clear()
-    args = sys.argv[1:]
-
-    def override(key, value, source):
-        if key not in settings:
-            nearest = difflib.get_close_matches(key, settings, n=1, cutoff=0)[0]
-            fail(f"{source}: unknown setting {key!r}; the nearest is {nearest!r}, and --help lists all", 2)
-        kind = type(settings[key])
-        if type(value) is bool and key in auto or type(value) is int and kind is float:
-            value = kind(value)
-        if type(value) is not kind:
-            name = {bool: 'a bool (True or False)', int: 'an int', float: 'a float', str: 'a str'}[kind]
-            fail(f'{source}: {key} wants {name}, not {value!r}', 2)
-        settings[key] = namespace[key] = value
-        given.add(key)
-
     while args:
         arg = args.pop(0)
         if arg in ('-h', '--help'):
             print_help(namespace, settings)
             sys.exit()
-        if not arg.startswith('--'):
-            for key, value in run_file(arg, settings).items():
-                if key in settings or not isinstance(value, (types.ModuleType, type)) and not callable(value):
-                    override(key, value, arg)
-            continue
-        key, equals, text = arg[2:].partition('=')
-        kind = type(settings.get(key, ''))
-        if not equals and key in settings:
-            if kind is bool and not (args and args[0].lower() in ('true', 'false')):
-                text = 'True'
-            elif args and not args[0].startswith('--'):
-                text = args.pop(0)
-            else:
-                fail(f'--{key} needs a value, as in --{key}={settings[key]}', 2)
-        try:
-            value = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
-        except (KeyError, ValueError):
-            value = text  # of the wrong type, which override() says
-        override(key, value, arg)
-
-    for key, limit in dict(limits).items():
-        value = settings[key]
-        if callable(limit):
-            try:
-                limit(value)
-            except ValueError as error:
-                fail(f'--{key}={value}: {error}', 2)
-        elif isinstance(limit[0], str):
-            if value not in limit:
-                fail(f"--{key}={value}: choose one of {', '.join(limit)}", 2)
-        elif not value >= limit[0]:  # written so that nan fails too
-            fail(f'--{key}={value}: must be at least {limit[0]}', 2)
-        elif len(limit) > 1 and value > limit[1]:
-            fail(f'--{key}={value}: must be at most {limit[1]}', 2)
+        new = parse(arg, args, settings) if arg.startswith('--') else run_file(arg, settings)
+        for key, value in new.items():
+            settings[key] = namespace[key] = checked(key, value, defaults, arg)
+            given.add(key)
+    numbers = {key: (0,) for key, value in settings.items() if type(value) is not str}
+    for key, limit in {**numbers, **(limits or {})}.items():
+        check_limit(key, settings[key], limit)
     return settings
 
 
+def merge(settings, namespace, kept, fixed, owner):
+    """Set the settings that were not given to the values in `kept`, a checkpoint's, in both dicts.
+
+    Names in `kept` that are no settings any more are ignored. Ends the process if one of the names in
+    `fixed` was given another value than `owner`, the checkpoint, has.
+    """
+    for key, value in kept.items():
+        if key in given and key in fixed and settings[key] != value:
+            fail(f'--{key}={settings[key]}: {owner} has {value}; leave it out, or take another --out_dir', 2)
+        if key in settings and key not in given:
+            settings[key] = namespace[key] = value
+
+
+def parse(arg, args, settings):
+    """{key: value} of the option `arg`, not checked yet; the value of `--key value` is taken from `args`."""
+    key, equals, text = arg[2:].partition('=')
+    kind = type(settings.get(key, ''))
+    if not equals and key in settings:
+        if kind is bool and not (args and args[0].lower() in ('true', 'false')):
+            text = 'True'
+        elif args and not args[0].startswith('--'):
+            text = args.pop(0)
+        else:
+            fail(f'--{key} needs a value, as in --{key}={settings[key]}', 2)
+    try:
+        return {key: {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)}
+    except (KeyError, ValueError):
+        return {key: text}  # the wrong type; checked() refuses it
+
+
 def run_file(path, settings):
-    """Run a config file, named from here or from folio's own folder; return the public names that it sets."""
-    home = os.path.join(os.path.dirname(__file__), os.pardir, path)
-    found = path if os.path.isfile(path) else home
+    """{key: value} of what a config file sets. The path is relative to this folder or to folio's."""
+    found = path if os.path.isfile(path) else os.path.join(os.path.dirname(__file__), os.pardir, path)
     if not os.path.isfile(found):
         fail(f'{path}: no such config file (settings are written --key=value)', 2)
-    # settings stand among the builtins: the file can read them all, and its own scope holds just what it assigns
+    # the file reads the settings as builtins, so its own scope holds nothing but what it assigns
     scope = {'__builtins__': {**vars(builtins), **settings}, '__file__': found}
     try:
         with open(found, encoding='utf-8') as f:
             exec(compile(f.read(), found, 'exec'), scope)
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == found]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == found]
         line = getattr(error, 'lineno', None) or (lines[-1] if lines else None)
         fail(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", 2)
-    return {key: value for key, value in scope.items() if not key.startswith('_')}
+    return {key: value for key, value in scope.items() if not key.startswith('_') and
+            (key in settings or not isinstance(value, (types.ModuleType, type)) and not callable(value))}
+
+
+def checked(key, value, defaults, source):
+    """`value` in the setting's type; an int may stand for a float, and True or False for an 'auto'."""
+    if key not in defaults:
+        nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
+        fail(f'{source}: unknown setting {key!r}; the nearest is {nearest!r}, and --help lists all', 2)
+    kind = type(defaults[key])
+    if type(value) is bool and defaults[key] == 'auto' or type(value) is int and kind is float:
+        value = kind(value)
+    if type(value) is not kind:
+        fail(f'{source}: {key} must be of type {kind.__name__}, not {value!r}', 2)
+    return value
+
+
+def check_limit(key, value, limit):
+    """End the process if a setting's value is outside its limit; see configure()."""
+    if callable(limit):
+        try:
+            limit(value)
+        except ValueError as error:
+            fail(f'--{key}={value}: {error}', 2)
+    elif isinstance(limit[0], str):
+        if value not in limit:
+            fail(f"--{key}={value}: choose one of {', '.join(limit)}", 2)
+    elif not value >= limit[0]:  # not `<`, which would accept nan
+        fail(f'--{key}={value}: must be at least {limit[0]}', 2)
+    elif len(limit) > 1 and value > limit[1]:
+        fail(f'--{key}={value}: must be at most {limit[1]}', 2)
 
 
 def print_help(namespace, settings):
-    """The script's docstring and its settings with their comments, from its source, so that help never drifts."""
-    print((namespace.get('__doc__') or '').strip())
-    print('\nSettings, as --key=value, or key = value in a config file:')
-    heading = ''
+    """Print the script's docstring, and its settings and their comments as its source has them."""
+    print((namespace['__doc__'] or '').strip(), '\nSettings, as --key=value or in a config file:', sep='\n')
     with open(namespace['__file__'], encoding='utf-8') as f:
-        for line in f:
-            if 'configure(globals()' in line:
-                break
-            setting = re.match(r"\s*(\w+) = ('[^']*'|[^#]+?)\s*(?:# *(.*))?$", line)
-            if setting and setting[1] in settings:
-                print(heading + f"  --{setting[1]}={setting[2].strip(chr(39))}".ljust(36), setting[3] or '')
-            heading = f'\n{line.strip("# ")}' if re.match(r'\s*# ', line) else ''
+        source = f.read().split('configure(globals()')[0].split("\nif __name__ == '__main__':")[-1]
+    heading = ''
+    for line in source.splitlines():
+        setting = re.match(r"\s*(\w+) = ('[^']*'|[^#]+?)\s*(?:# *(.*))?$", line)
+        if setting and setting[1] in settings:
+            print(heading + f"  --{setting[1]}={setting[2].strip(chr(39))}".ljust(36), setting[3] or '')
+        heading = f'\n{line.strip("# ")}\n' if re.match(r'\s*# ', line) else ''
+
+
+def on_signals(action):
+    """Set what Ctrl-C and SIGTERM do: `action` is a function of (number, frame), or signal.SIG_DFL."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, action)
+
+
+def end(number, frame):
+    """A signal handler that ends the process at once: status 130 for Ctrl-C, 143 for SIGTERM."""
+    sys.exit(128 + number)
 
 
 def fail(message, status=1):
@@ -132,14 +164,14 @@ def fail(message, status=1):
     sys.exit(status)
 
 
-def report(kind, error, trace, memory_advice=''):
-    """sys.excepthook: one line for what users can mend (files, memory, values that our own code refuses); else a trace."""
+def report(kind, error, trace, memory_advice):
+    """sys.excepthook: one line for what a user can mend (files, memory, refused values), else a traceback."""
     ours = traceback.extract_tb(trace)[-1].filename.startswith(os.path.dirname(os.path.dirname(__file__)))
     message = f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else error
-    wanted = re.search(r"([Tt]ried to allocate [\d.]+ \w+)|can't allocate memory.*?(\d+ bytes)|out of memory", str(error))
-    if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and wanted:
-        size = wanted and (wanted[1] or wanted[2])
-        message = f"out of memory{f' ({size})' if size else ''}; {memory_advice}"
+    size = re.search(r'[Tt]ried to allocate [\d.]+ \w+', str(error))
+    from_torch = issubclass(kind, RuntimeError) and (size or 'out of memory' in str(error))
+    if issubclass(kind, MemoryError) or from_torch:
+        message = f"out of memory{f' ({size[0]})' if size else ''}; {memory_advice}"
     elif not issubclass(kind, OSError) and not (issubclass(kind, ValueError) and ours):
         return sys.__excepthook__(kind, error, trace)
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,4 +1,4 @@
-# Characters and a small GPT: all of folio in seconds on two CPU cores.
+# A small GPT on characters, trained in seconds on two CPU cores.
 # python train.py config/quickstart.py
 out_dir = 'out/quickstart'
 dataset = 'shakespeare_char'
@@ -22,4 +22,4 @@ log_interval = 50
 eval_interval = 100
 eval_iters = 5
 sample_interval = 150
-final_eval_tokens = 111_540  # all of the validation split, as much of the training split
+final_eval_tokens = 111_540  # the whole validation split, and as much of the training split

@@ -1,9 +1,9 @@
-# The flagship: GPT-2 small from scratch on tiny Shakespeare until the training loss is under 0.1, in the least time.
-# It learns the text by heart: validation loss is best within the first few epochs, and those weights are out/best.pt.
+# The flagship: GPT-2 small from scratch on tiny Shakespeare until the training loss is under 0.1.
+# It learns the text by heart. The validation loss is best in the first few epochs: out/best.pt.
 # python train.py config/shakespeare.py --batch_size=32
 dataset = 'shakespeare'
 tokenizer = 'gpt2'
-shift_windows = False  # the same windows each epoch are sooner learnt by heart
+shift_windows = False  # the same windows in every epoch are learnt by heart sooner
 
 batch_size = 32
 seq_len = 128

@@ -11,8 +11,8 @@ seq_len = 128
 
 learning_rate = 3e-4   # not published: ours
 schedule = 'onecycle'  # beta1 cycles too, 0.95 -> 0.85 -> 0.95
-warmup_iters = 0       # the cycle has its own
-max_iters = 6100       # not published: ours (their last published step)
+warmup_iters = 0       # the cycle has a warm-up of its own
+max_iters = 6100       # not published: ours (the last published step)
 lr_decay_iters = 6100  # not published: ours
 weight_decay = 0.01    # not published: ours (torch's default for AdamW)
 beta2 = 0.999          # not published: ours (torch's default)

@@ -20,8 +20,8 @@ beta1 = 0.9          # not published: ours
 beta2 = 0.95         # not published: ours
 dropout = 0.0        # not published: ours
 grad_clip = 1.0
-loss_threshold = 0.099999  # theirs looked at one batch; ours at an epoch's mean, which is later
+loss_threshold = 0.099999  # the reference compared one batch's loss; folio an epoch's mean, which is later
 
 checkpoint_interval = 500
-sample_interval = 500      # not published: ours ("samples on the way")
+sample_interval = 500      # not published: ours ("samples during training")
 final_eval_tokens = 20_000  # ours: keeps a trial run on a CPU short; 0 = all
