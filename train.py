@@ -196,9 +196,10 @@ def peak_flops(device, dtype, measure):
             return peak
     if not measure:
         return 0
+    from torch.utils.benchmark import Timer
     n = 4096 if device.startswith('cuda') else 1024
     a = torch.ones(n, n, device=device, dtype=dtype)
-    timer = torch.utils.benchmark.Timer('product(a, a)', globals=dict(product=product, a=a))
+    timer = Timer('product(a, a)', globals=dict(product=product, a=a))
     return 2 * n**3 / timer.blocked_autorange(min_run_time=0.3).median
 
 
@@ -328,13 +329,17 @@ if __name__ == '__main__':
         fail(f'{ranks} ranks cannot share batch_size {batch_size}; make it a multiple of {ranks}', 2)
 
     # -- the data --------------------------------------------------------------------------------------------
-    if ranks > 1:  # a day: the others wait while the first rank prepares a large corpus
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', timeout=datetime.timedelta(days=1))
+    if ranks > 1:  # torchrun keeps its store over a restart: the prefix hides the last attempt's addresses
+        store = next(dist.rendezvous('env://', rank, ranks))[0]
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        if not master:
+            store.wait(['data'], datetime.timedelta(days=1))
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
         alphabet = about['tokenizer'].get('characters', '') if parent else ''
         prepare(input, dataset, tokenizer, val_fraction, characters=alphabet)
     if ranks > 1:
-        dist.barrier()
+        store.set('data', 'prepared')
+        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', store=store, rank=rank, world_size=ranks)
     train_tokens, val_tokens, data_meta = load_data(dataset)
     T, vocab_size = seq_len or block_size, data_meta['tokenizer']['vocab_size']
     try:
