@@ -339,7 +339,8 @@ if __name__ == '__main__':
         prepare(input, dataset, tokenizer, val_fraction, characters=alphabet)
     if ranks > 1:
         store.set('data', 'prepared')
-        dist.init_process_group('nccl' if kind == 'cuda' else 'gloo', store=store, rank=rank, world_size=ranks)
+        backend = 'nccl' if kind == 'cuda' else 'gloo'
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     train_tokens, val_tokens, data_meta = load_data(dataset)
     T, vocab_size = seq_len or block_size, data_meta['tokenizer']['vocab_size']
     try:
