@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from config import configure, fail, given
-from model import (GPT, GPTConfig, device_name, download, find, keep_freed_memory, load, pick_device,
-                   pick_dtype, read)
+from model import GPT, GPTConfig, device_name, download, find, keep_freed_memory, load, pick_device, read
 from prepare import TextStream, get_tokenizer, stream_texts
 
 checkpoint = ''      # a model file, a folder of them or a Hub id; empty = $FOLIO_CHECKPOINT, else out
@@ -95,8 +94,6 @@ def get_model(path):
 @functools.lru_cache(maxsize=3)
 def loaded(path, changed):
     model, meta = load(path, chip)
-    if chip.startswith('cuda'):
-        model.to(pick_dtype(chip))
     return model, meta, get_tokenizer(meta['tokenizer'])
 
 

@@ -795,7 +795,8 @@ def download(path):
 def load(path, device='cpu'):
     """(model, meta) of what find(path) finds; meta is what the file says beside the weights, and its `path`.
 
-    The model is in eval mode, in float32. Raises FileNotFoundError, or ValueError for a bad file.
+    The model is in eval mode, in float32, or on CUDA as pick_dtype() says. Raises FileNotFoundError, or
+    ValueError for a bad file.
     """
     path = find(path)
     contents = read(path)
@@ -822,7 +823,7 @@ def build(contents, device='cpu'):
         weights['wte.weight'] = torch.cat((weights['wte.weight'], rows))
     model.load_state_dict(weights, assign=True)
     weights.clear()  # or the file's 16-bit numbers would stay in memory
-    model.float().to(device)
+    model.to(device, pick_dtype(str(device)) if str(device).startswith('cuda') else torch.float32)
     for module in model.modules():
         if isinstance(module, Int4Linear) and torch.device(device).type == 'cpu':
             module.pack()

@@ -10,6 +10,7 @@ $ python prepare.py --input=stories.txt --dataset=stories --special_tokens    # 
 """
 import base64
 import codecs
+import collections
 import contextlib
 import glob
 import hashlib
@@ -88,7 +89,7 @@ class CharTokenizer:
         Raises ValueError for a character that is not in the vocabulary.
         """
         try:
-            return [self.ids[c] for c in (text.replace(ENDOFTEXT, '\n') if special_tokens else text)]
+            return [*map(self.ids.__getitem__, text.replace(ENDOFTEXT, '\n') if special_tokens else text)]
         except KeyError as error:
             raise ValueError(f'{error} is not in the char vocabulary {self.characters[:60]!r}') from None
 
@@ -109,30 +110,22 @@ def get_tokenizer(meta):
     raise ValueError(f"tokenizer {meta['name']!r} is not one of gpt2, char")
 
 
-def hugging_face_files(tokenizer, context):
-    """{file name: contents} of the tokenizer for transformers' AutoTokenizer; needs transformers.
+def hugging_face_tokenizer(tokenizer, context):
+    """The tokenizer as one of transformers, whose save_pretrained() writes what AutoTokenizer reads.
 
     A char vocabulary becomes a BPE without merges. `context` is the most tokens that the model can attend to.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    import tokenizers
+    import transformers
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    files, config = {}, dict(model_max_length=context, clean_up_tokenization_spaces=False)
+    settings = dict(model_max_length=context, clean_up_tokenization_spaces=False)
     if tokenizer.eot is None:
-        fast = Tokenizer(models.BPE(tokenizer.ids, []))
-        fast.decoder = decoders.Fuse()
-        config.update(tokenizer_class='PreTrainedTokenizerFast')
-    else:
-        vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(VOCABULARY)
-        vocab[ENDOFTEXT] = tokenizer.eot
-        fast = Tokenizer(models.BPE(vocab, merges))
-        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        fast.decoder = decoders.ByteLevel()
-        fast.add_special_tokens([ENDOFTEXT])
-        files['vocab.json'] = json.dumps(vocab, ensure_ascii=False)
-        files['merges.txt'] = '\n'.join(['#version: 0.2', *map(' '.join, merges), ''])
-        config.update(tokenizer_class='GPT2Tokenizer', add_prefix_space=False, bos_token=ENDOFTEXT,
-                      eos_token=ENDOFTEXT, unk_token=ENDOFTEXT)
-    return {**files, 'tokenizer.json': fast.to_str(), 'tokenizer_config.json': json.dumps(config)}
+        fast = tokenizers.Tokenizer(tokenizers.models.BPE(tokenizer.ids, []))
+        fast.decoder = tokenizers.decoders.Fuse()
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **settings)
+    vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(VOCABULARY)
+    vocab[ENDOFTEXT] = tokenizer.eot
+    return transformers.GPT2Tokenizer(vocab=vocab, merges=merges, **settings)
 
 
 # -- ids to text ---------------------------------------------------------------------------------------------
@@ -267,18 +260,28 @@ def cut_exactly(blocks):
     yield held
 
 
+def computed_ahead(pool, f, items, ahead):
+    """Yield f(item) for each item in order; a pool computes them, at most `ahead` in advance."""
+    jobs = collections.deque()
+    for item in items:
+        jobs.append(pool.submit(f, item))
+        if len(jobs) > ahead:
+            yield jobs.popleft().result()
+    for job in jobs:
+        yield job.result()
+
+
 def write_tokens(path, tokenizer, blocks, special_tokens):
     """Encode blocks on all cores into a file of uint16; yield how many characters and ids were written."""
     def encode(piece):
         ids = [tokenizer.eot] if piece is None else tokenizer.encode(piece, special_tokens)
-        return np.array(ids, dtype='<u2')
+        return len(piece or ''), np.array(ids, dtype='<u2')
 
-    pieces, cores = cut_exactly(blocks), os.cpu_count() or 1
+    cores = os.cpu_count() or 1
     with open(path, 'wb') as f, ThreadPoolExecutor(cores) as pool:  # threads: tiktoken releases the GIL
-        while batch := list(itertools.islice(pieces, 32 * cores)):
-            for piece, ids in zip(batch, pool.map(encode, batch)):
-                f.write(ids.tobytes())
-                yield len(piece or ''), len(ids)
+        for characters, ids in computed_ahead(pool, encode, cut_exactly(blocks), 4 * cores):
+            f.write(ids.tobytes())
+            yield characters, len(ids)
         f.flush()
         os.fsync(f.fileno())
 

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 import torch
 
 from model import LAYERS, build, keep_freed_memory, load, replacing, save, split_loss
-from prepare import get_tokenizer, hugging_face_files, load_data
+from prepare import get_tokenizer, hugging_face_tokenizer, load_data
 
 
 def convert(weights, dtype):
@@ -84,18 +84,15 @@ def write_hugging_face(folder, config, weights, dtype, facts):
         n_head=config.n_head, n_embd=config.n_embd, attn_pdrop=config.dropout, embd_pdrop=config.dropout,
         resid_pdrop=config.dropout, architectures=['GPT2LMHeadModel'], bos_token_id=tokenizer.eot,
         eos_token_id=tokenizer.eot, dtype=dtype, folio={**facts, 'config': dataclasses.asdict(config)})
-    losses = ', '.join(f'{name} {loss:.4f}' for name, loss in facts.get('losses', {}).items()) or 'unknown'
-    card = (f"---\nlibrary_name: transformers\n---\nA GPT-2 trained with folio for {facts['step']:,} steps, "
-            f"in windows of {facts['trained_context']:,} tokens; losses: {losses}; `{facts['made_by']}`.\n")
-    files = {**hugging_face_files(tokenizer, facts['trained_context']), 'README.md': card,
-             'model.safetensors': to_bytes(tensors, {'format': 'pt'}), 'config.json': said.to_json_string()}
     os.makedirs(folder, exist_ok=True)
     for pattern in ('config.json', 'model*.safetensors*', 'pytorch_model*.bin*', 'vocab.json', 'merges.txt'):
         for old in glob.glob(os.path.join(glob.escape(folder), pattern)):
             os.remove(old)
-    for name, content in files.items():
+    hugging_face_tokenizer(tokenizer, facts['trained_context']).save_pretrained(folder)
+    for name, content in (('model.safetensors', to_bytes(tensors, {'format': 'pt'})),
+                          ('config.json', said.to_json_string().encode())):
         with replacing(os.path.join(folder, name)) as f:
-            f.write(content if isinstance(content, bytes) else content.encode())
+            f.write(content)
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import time
 import torch
 
 from config import configure, fail
-from model import keep_freed_memory, load, pick_device, pick_dtype
+from model import keep_freed_memory, load, pick_device
 from prepare import get_tokenizer, read_text, stream_texts
 
 checkpoint = 'out'        # a model file, a folder of them (see README) or a Hub id
@@ -42,14 +42,13 @@ def write(prompt):
     ids = tokenizer.encode(prompt, special_tokens=True) or [tokenizer.start]
     if len(ids) > window:
         print(f'the model looks back {window:,} tokens: of {len(ids):,} it sees the end', file=sys.stderr)
-    began, first, tokens = time.perf_counter(), 0.0, 0
+    began, tokens = time.perf_counter(), 0
     for i in range(0, num_samples, 32):  # 32 at once: for GPT-2 small their KV cache stays below 3 GB
         count, printed = min(num_samples - i, 32), 0
         steps = model.generate(torch.tensor([ids]), max_new_tokens, temperature, top_k, top_p, min_p,
                                repetition_penalty, count, seed + i, context, compile)
         print(SEPARATOR * (i > 0) + prompt, end='', flush=True)
         for texts in stream_texts(steps, tokenizer, count, stop):
-            first = first or time.perf_counter() - began
             print(texts[0].text[printed:], end='', flush=True)
             printed = len(texts[0].text)
         for text in texts[1:]:
@@ -57,8 +56,7 @@ def write(prompt):
         tokens += sum(len(text.ids) for text in texts)
     print(flush=True)
     seconds = time.perf_counter() - began
-    print(f'{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s, the first after '
-          f'{first * 1000:.0f} ms', file=sys.stderr)
+    print(f'{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s', file=sys.stderr)
 
 
 def ask():
@@ -73,10 +71,7 @@ def ask():
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe
 keep_freed_memory()
-chip = pick_device(device)
-model, meta = load(checkpoint, chip)
-if chip.startswith('cuda'):
-    model.to(pick_dtype(chip))
+model, meta = load(checkpoint, pick_device(device))
 print(f"{meta['path']}: {model.num_params():,} parameters, step {meta['step']:,}", file=sys.stderr)
 tokenizer, window = get_tokenizer(meta['tokenizer']), context or model.trained_context
 if context > model.config.block_size:

@@ -1802,7 +1802,7 @@ def test_quantize_leaves_nothing_of_an_export_before(folder):
         (folder / 'out/export/hf' / name).write_text('{}')
     done(run('quantize.py', '--format=hf', '--checkpoint=out/export', cwd=folder))
     assert contents_of(folder / 'out/export/hf').keys() == {
-        'mine.txt', 'README.md', 'config.json', 'model.safetensors', 'tokenizer.json',
+        'mine.txt', 'config.json', 'model.safetensors', 'tokenizer.json',
         'tokenizer_config.json'}
 
 
