@@ -21,6 +21,8 @@ import platform
 import re
 import sys
 import time
+import warnings
+import weakref
 import zipfile
 
 import numpy as np
@@ -64,11 +66,25 @@ class GPTConfig:
         return V if V < 1024 or self.quantized else math.ceil(V / 64) * 64
 
 
-# -- layers --------------------------------------------------------------------------------------------------
+# -- products on a CPU ---------------------------------------------------------------------------------------
 
-# torch's x86 builds hold two libraries of matrix products, MKL and oneDNN. On an AMD, MKL uses no AVX-512: in
-# float32, two cores of Zen 5 do 230 GFLOP/s with it and 350 to 500 with oneDNN.
-HAS_ONEDNN = platform.machine() in ('x86_64', 'AMD64') and torch.backends.mkldnn.is_available()
+# The best library on one chip is often the worst on another, so it is chosen by what the chip can do, not by
+# timing: two runs on one machine are then equal. FOLIO_KERNELS names another row, for tests and other chips.
+KERNELS = {  # more than 64 float32 rows, one float32 row, int8 weights, int4 weights
+    'avx512_vnni': ('onednn', 'parts', 'int_mm', 'int4'),  # AMD from Zen 4, Intel servers from Cascade Lake
+    'avx512': ('onednn', 'parts', 'fbgemm', 'int4'),       # Skylake servers
+    'avx2': ('mkl', 'onednn', 'fbgemm', 'int8'),           # Zen 1 to 3, most Intel laptops
+    'other': ('torch', 'torch', 'float', 'int8')}          # ARM, and torch builds without these libraries
+FBGEMM = getattr(torch.ops.quantized, 'linear_with_input_q_dq_qweight_dq_output_fp32', None)
+
+
+def kernels_here():
+    """The row of KERNELS for this CPU."""
+    chip = torch.backends.cpu.get_cpu_capability().lower()
+    if chip == 'avx512' and cpu_has('avx512_vnni'):
+        chip = 'avx512_vnni'
+    whole = torch.backends.mkldnn.is_available() and 'fbgemm' in torch.backends.quantized.supported_engines
+    return chip if chip in KERNELS and whole and FBGEMM else 'other'
 
 
 def cpu_has(*units):
@@ -76,14 +92,16 @@ def cpu_has(*units):
     return any(getattr(torch.cpu, f'_is_{unit}_supported', lambda: False)() for unit in units)
 
 
-# Without VNNI instructions oneDNN adds pairs of int8 products in 16 bits, which overflow.
-HAS_VNNI = HAS_ONEDNN and cpu_has('vnni', 'avx512_vnni', 'amx_tile')
+CHIP = os.environ.get('FOLIO_KERNELS') or kernels_here()
+if CHIP not in KERNELS:
+    sys.exit(f"FOLIO_KERNELS={CHIP}: choose one of {', '.join(KERNELS)}")
+MANY_ROWS, ONE_ROW, INT8, INT4 = KERNELS[CHIP]
 
 
 def product(x, weight, bias=None):
     """x (…, C) @ weight.T (C, O) + bias (O): F.linear, but with cpu_product() for float32 on a CPU."""
     float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
-    if not (HAS_ONEDNN and x.device.type == 'cpu' and float32):
+    if not float32 or x.device.type != 'cpu' or torch.is_grad_enabled() and MANY_ROWS != 'onednn':
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return product_op(x, weight, bias)
@@ -91,14 +109,17 @@ def product(x, weight, bias=None):
 
 
 def cpu_product(x, weight, bias=None):
-    """product() by oneDNN, without gradients. A single row goes to MKL instead, as a batch of parts.
+    """product() by the chip's kernel, without gradients. 'parts': MKL multiplies a row with parts of the matrix.
 
     MKL reads one matrix on one thread (18 GB/s on Zen 5) but a batch of parts on all threads (50 of 52 GB/s).
     Footgun: the column needs the strides of a transposed row, (1, C); with (1, 1) MKL reads at 11 GB/s.
     """
-    if x.numel() > x.size(-1):
+    rows, (O, C) = x.numel() // x.size(-1), weight.shape
+    kernel = ONE_ROW if rows == 1 or ONE_ROW == 'torch' else MANY_ROWS if rows > 64 else 'onednn'
+    if kernel == 'onednn':
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-    O, C = weight.shape
+    if kernel != 'parts':
+        return F.linear(x, weight, bias)
     parts = math.gcd(O, 4 * torch.get_num_threads())
     column = x.reshape(1, 1, C).transpose(1, 2).expand(parts, C, 1)
     y = torch.bmm(weight.reshape(parts, O // parts, C), column).view(*x.shape[:-1], O)
@@ -123,6 +144,19 @@ product_op.register_autograd(
     product_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
 
 
+PACKED = weakref.WeakValueDictionary()  # FBGEMM's weights by number: torch.compile cannot pass them on
+
+
+@torch.library.custom_op('folio::int8_product', mutates_args=(), device_types='cpu')
+def int8_product_op(x: torch.Tensor, number: int, outputs: int) -> torch.Tensor:
+    return FBGEMM(x, 1 / 63, 64, PACKED[number])
+
+
+int8_product_op.register_fake(lambda x, number, outputs: x.new_empty(*x.shape[:-1], outputs))
+
+
+# -- layers --------------------------------------------------------------------------------------------------
+
 class Linear(nn.Linear):
     def forward(self, x):
         return product(x, self.weight, self.bias)
@@ -131,14 +165,15 @@ class Linear(nn.Linear):
 class Int8Linear(nn.Module):
     """A linear layer or a token table with int8 weights (O, C) and a scale for each row: w = weight * scale.
 
-    On a CPU with VNNI each row of x is quantized too, by its largest value, and multiplied in integers.
-    Elsewhere the weights are converted to floats at each call.
+    Each row of x is made int8 by its largest value and multiplied in integers, so that a text does not depend
+    on the others in its batch. Call pack() once the weights are there, and use what it returns.
     """
     def __init__(self, C, O, bias=True):
         super().__init__()
         self.register_buffer('weight', torch.zeros(O, C, dtype=torch.int8))
         self.register_buffer('scale', torch.zeros(O))
         self.register_buffer('bias', torch.zeros(O) if bias else None)
+        self.packed = None
 
     @staticmethod
     def from_float(w):
@@ -146,27 +181,47 @@ class Int8Linear(nn.Module):
         scale = (w.abs().amax(dim=1) / 127).clamp(min=2**-24).half()  # 2**-24 is float16's smallest
         return (w / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8), scale
 
-    def rows(self, idx):
+    def rows(self, idx=slice(None)):
         """Rows idx of the table as floats (…, C)."""
         return self.weight[idx] * self.scale[idx][..., None]
 
+    def pack(self):
+        """This layer, with its weights prepared for the chip's kernel, or as floats where there is none."""
+        kernel = INT8 if self.weight.device.type == 'cpu' else 'float'
+        if kernel == 'float':
+            self.packed = self.rows()
+        elif kernel == 'fbgemm':
+            engine, zeros = torch.backends.quantized.engine, torch.zeros(len(self.scale), dtype=torch.long)
+            torch.backends.quantized.engine = 'fbgemm'
+            with warnings.catch_warnings(action='ignore'):  # torch means to drop its quantized tensors
+                q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
+            self.packed = torch.ops.quantized.linear_prepack(q, None)
+            torch.backends.quantized.engine = engine
+            self.number = id(self.packed)
+            PACKED[self.number] = self.packed
+        if kernel != 'int_mm' and self.bias is not None:  # a table has no bias, and its rows are read again
+            self.weight = None
+        return self
+
     def forward(self, x):
-        if x.device.type != 'cpu' or not HAS_VNNI:
-            return product(x, self.weight.to(x.dtype) * self.scale[:, None], self.bias)
-        rows = x.reshape(-1, x.size(-1)).float()
-        largest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
-        q = (rows * (127 / largest)).round_().to(torch.int8)
-        y = torch._int_mm(q, self.weight.t()).float().mul_(largest / 127).mul_(self.scale)
-        y = y.view(*x.shape[:-1], -1)
-        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+        if isinstance(self.packed, torch.Tensor):
+            return product(x, self.packed, self.bias)
+        largest = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
+        if self.packed is None:
+            q = (x * (127 / largest)).round_().to(torch.int8).flatten(0, -2)
+            y = torch._int_mm(q, self.weight.t()).float().mul_(self.scale / 127).view(*x.shape[:-1], -1)
+        elif torch.compiler.is_compiling():
+            y = int8_product_op(x / largest, self.number, len(self.scale))
+        else:  # 7 bits: FBGEMM adds pairs of products in 16 bits, which 8 would overflow
+            y = FBGEMM(x / largest, 1 / 63, 64, self.packed)
+        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
 class Int4Linear(nn.Module):
     """A linear layer or a token table with 4-bit weights q and a scale for each group of a row.
 
     A weight is (q - 8) * scale. `weight` (O, C / 2) holds two q in a byte, the even column in the low half;
-    `scale` is (O, C / GROUP). C is padded with zeros to a multiple of GROUP. On a CPU, pack() reorders the
-    weights for torch's kernel.
+    `scale` is (O, C / GROUP). C is padded with zeros to a multiple of GROUP. Call pack() as in Int8Linear.
     """
     GROUP = 32
 
@@ -176,7 +231,6 @@ class Int4Linear(nn.Module):
         self.register_buffer('weight', torch.zeros(O, groups * self.GROUP // 2, dtype=torch.uint8))
         self.register_buffer('scale', torch.zeros(O, groups))
         self.register_buffer('bias', torch.zeros(O) if bias else None)
-        self.packed = None
 
     @staticmethod
     def from_float(w, candidates=16):
@@ -212,20 +266,27 @@ class Int4Linear(nn.Module):
         return (q.unflatten(-1, (-1, self.GROUP)) * scale).flatten(-2)[..., :self.shape[1]]
 
     def pack(self):
-        """Add a copy of the weights in the order of torch's kernel, which wants a multiple of 16 rows."""
+        """This layer with weights in the order of torch's kernel; an Int8Linear where that is faster.
+
+        What int8 rounds away is small beside what 4 bits did. The kernel wants a multiple of 16 rows.
+        """
+        if INT4 == 'int8' or self.weight.device.type != 'cpu':
+            layer = Int8Linear(*reversed(self.shape))
+            parts = [layer.from_float(self.rows(idx)) for idx in torch.arange(self.shape[0]).split(4096)]
+            layer.weight, layer.scale = map(torch.cat, zip(*parts))
+            layer.scale, layer.bias = layer.scale.float(), self.bias
+            return layer.pack()
         pad = (0, 0, 0, -self.shape[0] % 16)
         weight, scale = F.pad(self.weight, pad, value=0x88), F.pad(self.scale, pad).t()
         self.packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(self.halves(part).int(), 1)
                                  for part in weight.split(4096)])
         self.scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1).bfloat16().contiguous()
+        return self
 
     def forward(self, x):
-        if self.packed is None:
-            y = F.linear(x, self.rows().to(x.dtype))
-        else:  # the kernel takes bfloat16 rows
-            rows = F.pad(x.reshape(-1, x.size(-1)), (0, -x.size(-1) % self.GROUP)).bfloat16()
-            y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.GROUP, self.scale_and_zero)
-            y = y[:, :self.shape[0]].to(x.dtype).view(*x.shape[:-1], -1)
+        rows = F.pad(x.reshape(-1, x.size(-1)), (0, -x.size(-1) % self.GROUP)).bfloat16()  # the kernel's type
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.GROUP, self.scale_and_zero)
+        y = y[:, :self.shape[0]].to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -262,7 +323,8 @@ class CausalSelfAttention(nn.Module):
         elif cache is not None:
             cache[0][:, :, start:start + T], cache[1][:, :, start:start + T] = k, v
             k, v = cache[0][:, :, :start + T], cache[1][:, :, :start + T]
-        if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and 1 < T <= 512 and cache is None:
+        bfloat16 = q.dtype == torch.bfloat16 and T <= 512 and cache is None
+        if q.device.type == 'cpu' and mask is None and (T == 1 or bfloat16):
             y = attend_in_products(q, k, v, dropout)
         else:  # is_causal aligns top-left: right for an empty cache, and one new position needs no mask
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1)
@@ -276,9 +338,9 @@ def attend_in_products(q, k, v, dropout):
     torch 2.13's flash kernel is slow there: 35 ms forward and backward at 8 x 12 x 256 x 64, and this 12 ms.
     """
     B, nh, T, hs = q.shape
-    q, k, v = (t.reshape(B * nh, T, hs) for t in (q, k, v))
+    q, k, v = (t.reshape(B * nh, -1, hs) for t in (q, k, v))
     mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    scores = torch.baddbmm(mask.expand(B * nh, T, T), q, k.transpose(1, 2), alpha=hs**-0.5)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=hs**-0.5)
     return torch.bmm(F.dropout(scores.softmax(dim=-1), dropout), v).view(B, nh, T, hs)
 
 
@@ -824,9 +886,10 @@ def build(contents, device='cpu'):
     model.load_state_dict(weights, assign=True)
     weights.clear()  # or the file's 16-bit numbers would stay in memory
     model.to(device, pick_dtype(str(device)) if str(device).startswith('cuda') else torch.float32)
-    for module in model.modules():
-        if isinstance(module, Int4Linear) and torch.device(device).type == 'cpu':
-            module.pack()
+    for module in [*model.modules()]:
+        for name, layer in module.named_children():
+            if isinstance(layer, (Int8Linear, Int4Linear)):
+                setattr(module, name, layer.pack())
     model.trained_context = contents['trained_context']
     return model.eval()
 

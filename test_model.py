@@ -195,6 +195,16 @@ def quantized_layer(kind, w, bias):
     return layer
 
 
+# the rows of the table of kernels that this chip can run: int_mm overflows without VNNI
+CHIPS = [chip for chip, kernels in model.KERNELS.items() if 'int_mm' not in kernels or model.CHIP == chip]
+
+
+def use_kernels(chip, monkeypatch):
+    """Multiply as on a chip of this row of the table."""
+    for name, kernel in zip(('MANY_ROWS', 'ONE_ROW', 'INT8', 'INT4'), model.KERNELS[chip]):
+        monkeypatch.setattr(model, name, kernel)
+
+
 def hugging_face(gpt):
     """Hugging Face's GPT-2 with our weights."""
     transformers = pytest.importorskip('transformers', reason='pip install transformers')
@@ -441,9 +451,11 @@ def test_gpt_compiles_into_one_graph(gpt):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
 
 
-@pytest.mark.parametrize('shape', [(5, 64), (2, 3, 64), (1, 64)], ids=str)
+@pytest.mark.parametrize('chip', CHIPS)
+@pytest.mark.parametrize('shape', [(5, 64), (2, 3, 64), (1, 64), (100, 64)], ids=str)
 @pytest.mark.parametrize('bias', [True, False])
-def test_product_and_its_gradients_equal_torchs(shape, bias):
+def test_product_and_its_gradients_equal_torchs(chip, shape, bias, monkeypatch):
+    use_kernels(chip, monkeypatch)
     torch.manual_seed(0)
     inputs = [torch.randn(shape), torch.randn(96, 64), *[torch.randn(96)] * bias]  # x, weight, bias
     grad, results = torch.randn(*shape[:-1], 96), []
@@ -648,22 +660,32 @@ def test_split_loss_is_the_mean_over_every_token(gpt):
 
 # -- model.py: quantized layers ------------------------------------------------------------------------------
 
+@pytest.mark.parametrize('chip', CHIPS)
 @pytest.mark.parametrize('kind, tolerance', [('int8', 0.01), ('int4', 0.101)])
 @pytest.mark.parametrize('O, C', [(96, 64), (65, 33), (7, 100), (1, 1), (2304, 768)])
-@pytest.mark.parametrize('rows', [1, 3, 40])
-def test_quantized_layer_is_near_the_float_one(kind, tolerance, O, C, rows):
+def test_quantized_layer_is_near_the_float_one(chip, kind, tolerance, O, C, monkeypatch):
+    use_kernels(chip, monkeypatch)
     torch.manual_seed(0)
-    w, bias, x = torch.randn(O, C), torch.randn(O), torch.randn(2, rows, C)
+    w, bias = torch.randn(O, C), torch.randn(O)
     layer = quantized_layer(kind, w, bias)
     table = layer.rows(torch.arange(O))
     assert error_of(table, w) < tolerance
-    exact = x @ table.t() + bias
-    assert error_of(layer(x), exact) < 0.02  # activations in int8, or bfloat16
-    if kind == 'int4':
-        layer.pack()
-        assert error_of(layer(x), exact) < 0.02 and layer(x[:, :1]).shape == (2, 1, O)
-    assert layer(torch.zeros(1, 1, C)).isfinite().all()
-    assert quantized_layer(kind, 0 * w, None)(x).abs().max() == 0
+    packed = layer.pack()
+    for x in (torch.randn(2, 1, C), torch.randn(2, 3, C), torch.randn(90, C)):
+        assert error_of(packed(x), x @ table.t() + bias) < 0.025  # activations in 7 or 8 bits, or bfloat16
+    assert packed(torch.zeros(1, 1, C)).isfinite().all()
+    assert quantized_layer(kind, 0 * w, None).pack()(x).abs().max() == 0
+
+
+@pytest.mark.parametrize('chip', CHIPS)
+def test_int8_layer_gives_a_row_alone_what_it_gives_it_among_others(chip, monkeypatch):
+    use_kernels(chip, monkeypatch)
+    torch.manual_seed(0)
+    layer, x = quantized_layer('int8', torch.randn(300, 256), torch.randn(300)).pack(), torch.randn(16, 256)
+    x[3] *= 1000  # must not take the other rows' bits
+    together = layer(x)
+    for row, y in zip(x, together):
+        assert torch.equal(layer(row[None])[0], y) if model.INT8 != 'float' else torch.allclose(layer(row), y, atol=0.1)
 
 
 def test_int8_layer_has_a_fixed_layout():
@@ -687,19 +709,8 @@ def test_int4_layer_has_a_fixed_layout():
     assert torch.equal(ours, weight) and torch.equal(our_scale.float(), scale)
     layer = Int4Linear(64, 2, bias=False)
     layer.load_state_dict({'weight': weight, 'scale': scale})
-    assert torch.equal(layer.rows(), floats) and torch.equal(layer(torch.eye(64)), floats.t())
-    layer.pack()
-    assert torch.equal(layer(torch.eye(64)), floats.t())
-
-
-def test_int8_layer_without_vnni_and_in_16_bits(monkeypatch):
-    torch.manual_seed(0)
-    w, x = torch.randn(65, 33), torch.randn(4, 33)
-    layer = quantized_layer('int8', w, None)
-    exact = x @ layer.rows(torch.arange(65)).t()
-    assert error_of(layer.bfloat16()(x.bfloat16()), exact) < 0.03
-    monkeypatch.setattr(model, 'HAS_VNNI', False)  # only the weights are int8
-    assert torch.allclose(quantized_layer('int8', w, None)(x), exact, atol=1e-5)
+    assert torch.equal(layer.rows(), floats)
+    assert torch.allclose(layer.pack()(torch.eye(64)), floats.t(), atol=0.07)  # exact, or in int8
 
 
 def test_int8_layer_is_as_near_as_torchs_own():
@@ -713,11 +724,11 @@ def test_int8_layer_is_as_near_as_torchs_own():
         warnings.filterwarnings('ignore', message='torch.quantize_per_tensor')
         theirs = quantize_dynamic(torch.nn.Sequential(plain), {torch.nn.Linear}, dtype=torch.qint8)(x)
     with torch.no_grad():
-        ours, exact = quantized_layer('int8', plain.weight, plain.bias)(x), plain(x)
+        ours, exact = quantized_layer('int8', plain.weight, plain.bias).pack()(x), plain(x)
     assert (ours - exact).square().mean() <= (theirs - exact).square().mean()
 
 
-@pytest.mark.parametrize('kind, tolerance', [('int8', 0.02), ('int4', 0.2)])
+@pytest.mark.parametrize('kind, tolerance', [('int8', 0.035), ('int4', 0.2)])
 @pytest.mark.parametrize('shape', [
     dict(SMALL, n_embd=128),
     dict(SMALL, bias=False),
