@@ -4,8 +4,8 @@ GPT-2: the network, its KV cache, generation, loading and saving.
     model, meta = load('out')                                    # a model file, a folder, or a Hub id
     for ids in model.generate(torch.tensor([[50256]]), 20): ...  # one id a text a step
 
-This file can be copied into another project alone; importing it registers one torch operator and nothing
-more. The network and its names are OpenAI's, https://github.com/openai/gpt-2, src/model.py. Shapes in
+This file can be copied into another project alone; importing it registers two torch operators and does
+nothing more. The network and its names are OpenAI's, https://github.com/openai/gpt-2, src/model.py. Shapes in
 comments: B batch, T time, C channels (n_embd), nh heads, hs head size, V vocabulary, S cached positions,
 O outputs of a layer.
 """
@@ -81,15 +81,10 @@ FBGEMM = getattr(torch.ops.quantized, 'linear_with_input_q_dq_qweight_dq_output_
 def kernels_here():
     """The row of KERNELS for this CPU."""
     chip = torch.backends.cpu.get_cpu_capability().lower()
-    if chip == 'avx512' and cpu_has('avx512_vnni'):
+    if chip == 'avx512' and torch.cpu._is_vnni_supported():
         chip = 'avx512_vnni'
-    whole = torch.backends.mkldnn.is_available() and 'fbgemm' in torch.backends.quantized.supported_engines
-    return chip if chip in KERNELS and whole and FBGEMM else 'other'
-
-
-def cpu_has(*units):
-    """Whether the CPU has one of these instruction sets, by torch's names for them."""
-    return any(getattr(torch.cpu, f'_is_{unit}_supported', lambda: False)() for unit in units)
+    x86 = torch.backends.mkldnn.is_available() and 'fbgemm' in torch.backends.quantized.supported_engines
+    return chip if chip in KERNELS and x86 and FBGEMM else 'other'
 
 
 CHIP = os.environ.get('FOLIO_KERNELS') or kernels_here()
@@ -109,7 +104,7 @@ def product(x, weight, bias=None):
 
 
 def cpu_product(x, weight, bias=None):
-    """product() by the chip's kernel, without gradients. 'parts': MKL multiplies a row with parts of the matrix.
+    """product() by the chip's kernel, without gradients; 'parts' splits the matrix for a single row.
 
     MKL reads one matrix on one thread (18 GB/s on Zen 5) but a batch of parts on all threads (50 of 52 GB/s).
     Footgun: the column needs the strides of a transposed row, (1, C); with (1, 1) MKL reads at 11 GB/s.
@@ -191,21 +186,23 @@ class Int8Linear(nn.Module):
         if kernel == 'float':
             self.packed = self.rows()
         elif kernel == 'fbgemm':
-            engine, zeros = torch.backends.quantized.engine, torch.zeros(len(self.scale), dtype=torch.long)
-            torch.backends.quantized.engine = 'fbgemm'
+            zeros = torch.zeros(len(self.scale), dtype=torch.long)
             with warnings.catch_warnings(action='ignore'):  # torch means to drop its quantized tensors
                 q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
             self.packed = torch.ops.quantized.linear_prepack(q, None)
-            torch.backends.quantized.engine = engine
             self.number = id(self.packed)
             PACKED[self.number] = self.packed
-        if kernel != 'int_mm' and self.bias is not None:  # a table has no bias, and its rows are read again
+        if kernel != 'int_mm' and self.bias is not None:  # a table, which has no bias, keeps them for rows()
             self.weight = None
         return self
 
     def forward(self, x):
         if isinstance(self.packed, torch.Tensor):
             return product(x, self.packed, self.bias)
+        if x.numel() == x.size(-1) and self.packed is not None and not torch.compiler.is_compiling():
+            largest = max(torch.linalg.vector_norm(x, math.inf).item(), 1e-12)
+            y = FBGEMM(x, largest / 63, 64, self.packed)  # the same in fewer calls, for a single row
+            return y if self.bias is None else y.add_(self.bias)
         largest = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
         if self.packed is None:
             q = (x * (127 / largest)).round_().to(torch.int8).flatten(0, -2)
@@ -266,9 +263,9 @@ class Int4Linear(nn.Module):
         return (q.unflatten(-1, (-1, self.GROUP)) * scale).flatten(-2)[..., :self.shape[1]]
 
     def pack(self):
-        """This layer with weights in the order of torch's kernel; an Int8Linear where that is faster.
+        """This layer with weights in the order of torch's kernel, or an Int8Linear where that is faster.
 
-        What int8 rounds away is small beside what 4 bits did. The kernel wants a multiple of 16 rows.
+        Int8's rounding error is small beside that of 4 bits. The kernel needs a multiple of 16 rows.
         """
         if INT4 == 'int8' or self.weight.device.type != 'cpu':
             layer = Int8Linear(*reversed(self.shape))
@@ -309,22 +306,19 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x, cache=None, start=0, mask=None):
-        """Attention of x (B, T, C), at positions start… of a cache, which is a pair of (B, nh, S, hs).
+        """Attention of x (B, T, C); a cache (2, B, nh, S, hs) takes its keys and values, from `start` on.
 
         With a mask (1, S), all S positions are read.
         """
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-                   for t in self.c_attn(x).split(C, dim=2))
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # each (B, nh, T, hs)
         dropout = self.dropout if is_learning(self) else 0.0
-        if mask is not None:  # static shapes, for a compiled or captured step
-            cache[0][:, :, start], cache[1][:, :, start] = k, v
-            k, v = cache
-        elif cache is not None:
-            cache[0][:, :, start:start + T], cache[1][:, :, start:start + T] = k, v
-            k, v = cache[0][:, :, :start + T], cache[1][:, :, :start + T]
-        bfloat16 = q.dtype == torch.bfloat16 and T <= 512 and cache is None
-        if q.device.type == 'cpu' and mask is None and (T == 1 or bfloat16):
+        if cache is not None:  # with a mask all S positions are read: static shapes, for a captured step
+            new, end = (slice(start, start + T), start + T) if mask is None else (start, None)
+            cache[:, :, :, new] = qkv[1:]
+            k, v = cache[:, :, :, :end]
+        if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and 1 < T <= 512 and cache is None:
             y = attend_in_products(q, k, v, dropout)
         else:  # is_causal aligns top-left: right for an empty cache, and one new position needs no mask
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T > 1)
@@ -379,18 +373,16 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, table, targets):
         dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-        with torch.autocast('cpu', enabled=False):
-            x, weight = x.to(dtype), table.to(dtype)
-            grad_x, grad_table, total = torch.empty_like(x), torch.zeros_like(table), 0.0
-            rows = max(2**25 // len(table), 1)
-            for i in range(0, len(x), rows):
-                part, target = x[i:i + rows], targets[i:i + rows, None]
-                logp = product(part, weight).log_softmax(dim=-1, dtype=torch.float32)  # (rows, V)
-                total -= logp.gather(1, target).sum(dtype=torch.float64)
-                ones = torch.ones_like(target, dtype=torch.float32)
-                grad = logp.exp_().scatter_add_(1, target, -ones).to(dtype)
-                grad_x[i:i + rows] = product(grad, weight.t())
-                grad_table += product(grad.t(), part.t())
+        x, weight = x.to(dtype), table.to(dtype)
+        grad_x, grad_table, total = torch.empty_like(x), torch.zeros_like(table), 0.0
+        rows = max(2**25 // len(table), 1)
+        for i in range(0, len(x), rows):
+            part, target = x[i:i + rows], targets[i:i + rows, None]
+            logp = product(part, weight).log_softmax(dim=-1, dtype=torch.float32)  # (rows, V)
+            total -= logp.gather(1, target).sum(dtype=torch.float64)
+            grad = logp.exp_().scatter_(1, target, -1, reduce='add').to(dtype)
+            grad_x[i:i + rows] = product(grad, weight.t())
+            grad_table += product(grad.t(), part.t())
         ctx.save_for_backward(grad_x, grad_table)
         return (total / len(x)).float()
 
@@ -448,17 +440,13 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f'{T} positions, and the model has {self.config.block_size}; shorten the window')
         if isinstance(start, torch.Tensor):
-            positions = self.wpe(start)
-            mask = torch.arange(cache[0][0].size(2), device=idx.device)[None] <= start  # (1, S)
-        else:
-            positions = self.wpe.weight[start:start + T]
-        x = (self.wte.rows(idx) if self.config.quantized else self.wte(idx)) + positions  # (B, T, C)
+            mask = torch.arange(cache[0].size(3), device=idx.device)[None] <= start  # (1, S)
+        x = self.wte.rows(idx) if self.config.quantized else self.wte(idx)  # (B, T, C)
+        x = x + self.wpe(start + torch.arange(T, device=idx.device))
         x = F.dropout(x, self.config.dropout, is_learning(self))
-        for i, block in enumerate(self.h):
-            if self.gradient_checkpointing and is_learning(self):
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x, None if cache is None else cache[i], start, mask)
+        again = self.gradient_checkpointing and is_learning(self)
+        for block, kv in zip(self.h, cache or [None] * len(self.h)):
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x, kv, start, mask)
         return self.ln_f(x)
 
     def head(self, x):
@@ -493,9 +481,9 @@ class GPT(nn.Module):
     # -- generation ------------------------------------------------------------------------------------------
 
     def new_cache(self, texts, positions):
-        """Keys and values of every layer, zeros, each (B, nh, S, hs), in the type of the weights."""
-        shape = texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
-        return [(self.wpe.weight.new_zeros(shape), self.wpe.weight.new_zeros(shape)) for _ in self.h]
+        """Room for the keys and values of each layer, (2, B, nh, S, hs), in the type of the weights."""
+        shape = 2, texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
+        return [self.wpe.weight.new_zeros(shape) for _ in self.h]
 
     @torch.inference_mode()
     def next_logits(self, idx, cache, start=0):
@@ -518,80 +506,80 @@ class GPT(nn.Module):
         T, device = min(idx.size(1), window), self.wpe.weight.device
         idx, prompt_of = idx.to(device), torch.arange(len(idx), device=device).repeat_interleave(num_samples)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompt_of))]
-        text = idx[prompt_of, -T:]  # (B, T)
-        seen = torch.zeros(len(text), self.config.vocab_size, dtype=torch.bool, device=device)
-        seen.scatter_(1, idx[prompt_of], True)
+        text = idx[prompt_of]  # (B, T)
         # a multiple of 256 positions, so that one compiled step serves most lengths
         cache = self.new_cache(len(text), min(window, math.ceil((T + max_new_tokens) / 256) * 256))
         step = fast_step(self, cache, max_new_tokens, compile)
         for i in range(max_new_tokens):
             if i == 0:  # each prompt runs once, in the cache's first rows, and is then copied to its texts
-                first = [(k[:len(idx)], v[:len(idx)]) for k, v in cache]
-                logits = self.next_logits(idx[:, -T:], first)[prompt_of]
-                for states in (states for layer in cache for states in layer if num_samples > 1):
-                    states[:, :, :T] = states[prompt_of, :, :T]
+                logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
+                for kv in cache:
+                    kv[:, :, :, :T] = kv[:, prompt_of, :, :T]
             elif T < window:
                 logits, T = step(ids[:, None], cache, T), T + 1
             else:
                 T = max(window // 2, 1)
                 logits = self.next_logits(text[:, -T:], cache)
             uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-            ids = choose(logits, uniform, temperature, top_k, top_p, min_p, repetition_penalty, seen)
-            text = torch.cat((text, ids[:, None]), dim=1)[:, -window:]
-            seen.scatter_(1, ids[:, None], True)
+            ids = choose(logits, uniform, temperature, top_k, top_p, min_p, repetition_penalty, text)
+            text = torch.cat((text, ids[:, None]), dim=1)
             yield ids.cpu()
 
 
 @torch.inference_mode()
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-           seen=None):
+           text=None):
     """Sample ids (B,) from logits (B, V) by inverse transform: uniform (B,) holds a number in [0, 1) a row.
 
-    temperature 0 takes the likeliest id. seen (B, V) marks the ids that repetition_penalty applies to. For
-    top_k, top_p and min_p see filter_logits().
+    temperature 0 takes the likeliest id. repetition_penalty applies to the ids in text (B, T). For top_k, top_p
+    and min_p see filter_logits().
     """
     if repetition_penalty != 1:
-        logits = penalize(logits, seen, repetition_penalty)
+        logits = penalize(logits, text, repetition_penalty)
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(dim=-1)
+    logits, ids = filter_logits(logits, temperature, top_k, top_p, min_p)
+    probs = logits.softmax(dim=-1)
     if probs.device.type == 'mps':  # it has no float64
         probs = probs.cpu()
     # in float64 uniform · sum stays below the sum, so the search always ends at an id with a probability
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None].to(probs.device) * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return ids.clamp(max=logits.size(1) - 1).to(logits.device)
+    choice = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.size(1) - 1).to(logits.device)
+    return (choice if ids is None else ids.gather(1, choice))[:, 0]
 
 
-def penalize(logits, seen, penalty):
-    """Logits (B, V) with the ids in seen (B, V) less likely: divided by the penalty, multiplied if negative.
+def penalize(logits, text, penalty):
+    """Logits (B, V) with the ids in text (B, T) less likely: divided by the penalty, multiplied if negative.
 
     CTRL's (https://arxiv.org/abs/1909.05858), for prompt and text alike, as in Hugging Face.
     """
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    scores = logits.gather(1, text)
+    return logits.scatter(1, text, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Logits (B, V) divided by the temperature, and -inf for ids that may not be chosen.
+    """(logits (B, K), their ids (B, K) in ascending order, None for all V): what may be chosen, else -inf.
 
-    In Hugging Face's order: only the top_k likeliest stay (0: all); of these the likeliest that together
-    reach top_p (https://arxiv.org/abs/1904.09751); of these the ones at least min_p times as likely as the
-    likeliest (https://arxiv.org/abs/2407.01082). Ids exactly as likely as the last that stays, stay too.
+    Logits (B, V) are divided by the temperature. Then, in Hugging Face's order, only the top_k likeliest stay
+    (0: all); of these the likeliest that together reach top_p (https://arxiv.org/abs/1904.09751); of these the
+    ones at least min_p times as likely as the likeliest (https://arxiv.org/abs/2407.01082).
     """
-    V = logits.size(-1)
+    ids = None
+    if 0 < top_k < logits.size(1):
+        ids = logits.topk(top_k).indices.sort(dim=-1).values
+        logits = logits.gather(1, ids)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)  # at most 0: no overflow
-    if 0 < top_k < V:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
         probs = logits.softmax(dim=-1)
         on_cpu = probs.device.type == 'cpu'  # where numpy sorts GPT-2's vocabulary in 0.1 ms, torch 2.13 in 3
         ascending = torch.from_numpy(np.sort(probs.numpy())) if on_cpu else probs.sort(dim=-1).values
-        dropped = (ascending.cumsum(dim=-1) <= 1 - top_p).sum(dim=-1, keepdim=True).clamp(max=V - 1)
-        logits = logits.masked_fill(probs < ascending.gather(1, dropped), -math.inf)
+        dropped = (ascending.cumsum(dim=-1) <= 1 - top_p).sum(dim=-1, keepdim=True)
+        least = ascending.gather(1, dropped.clamp(max=logits.size(1) - 1))
+        logits = logits.masked_fill(probs < least, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
-    return logits
+    return logits, ids
 
 
 def fast_step(model, cache, steps, compile='auto'):
@@ -629,12 +617,8 @@ def fast_step(model, cache, steps, compile='auto'):
 
 def capture(f):
     """f, a function without arguments, as a CUDA graph: a function that replays it into the same tensor."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels are loaded and workspaces made before the capture
-        for _ in range(2):
-            f()
-    torch.cuda.current_stream().wait_stream(stream)
+    f()  # loads the kernels, which a capture must not
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode='thread_local'):
         result = f()
 
@@ -671,13 +655,13 @@ def split_loss(model, tokens, context, max_tokens=0, name='', batch_tokens=8192)
 
 
 def recited(model, tokens, length=50, texts=40):
-    """Share of `texts` places, spread evenly over tokens, whose next `length` tokens greedy decoding gives.
+    """Share of `texts` places, spread evenly over tokens, where greedy decoding gives the next `length` tokens.
 
     The prompt is the `length` tokens before, or half the trained context if that is shorter.
     """
     prompt = max(min(length, model.trained_context // 2), 1)
-    starts = torch.linspace(0, len(tokens) - prompt - length, texts).long()
-    ids = torch.stack([torch.from_numpy(tokens[s:s + prompt + length].astype('int64')) for s in starts])
+    starts = np.linspace(0, len(tokens) - prompt - length, texts).astype('int64')  # float32 would overshoot
+    ids = torch.from_numpy(tokens[starts[:, None] + np.arange(prompt + length)].astype('int64'))
     written = torch.stack([*model.generate(ids[:, :prompt], length, temperature=0)], dim=1)  # (texts, length)
     return (written == ids[:, prompt:]).all(dim=1).double().mean().item()
 
@@ -709,9 +693,8 @@ def pick_device(name='auto'):
     """
     names = [f'cuda:{i}' for i in range(torch.cuda.device_count())]  # which opens no context on any GPU
     names += ['mps'] * torch.backends.mps.is_available() + ['cpu']
-    if name == 'cuda' or name == 'auto' and names[0] == 'cuda:0':
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name = names[0] if name == 'auto' else name
+    name = names[0].removesuffix(':0') if name == 'auto' else name
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name
     if name not in names:
         raise ValueError(f'device {name!r} is not available here; auto takes the best there is')
     return name
@@ -721,17 +704,17 @@ def pick_dtype(device, name='auto'):
     """The torch dtype to compute in; 'auto' is bfloat16 where the chip has units for it, else float32."""
     if name != 'auto':
         return getattr(torch, name)
-    native = device == 'cpu' and cpu_has('avx512_bf16', 'amx_tile')
+    native = device == 'cpu' and torch.cpu._is_avx512_bf16_supported()
     if device.startswith('cuda'):
         native = torch.cuda.get_device_capability(device)[0] >= 8  # is_bf16_supported() counts emulation too
     return torch.bfloat16 if native else torch.float32
 
 
 def device_name(device):
-    """A CUDA device's product name; for others the architecture and the threads."""
+    """A CUDA device's product name; for others the architecture, the row of KERNELS and the threads."""
     if device.startswith('cuda'):
         return torch.cuda.get_device_name(device)
-    return f'{device.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)'
+    return f'{device.upper()} ({platform.machine()}, {CHIP} kernels, {torch.get_num_threads()} threads)'
 
 
 # -- model files ---------------------------------------------------------------------------------------------
@@ -797,8 +780,7 @@ def read(path, check=True):
     contents = contents if isinstance(contents, dict) else {}
     if 'model_args' in contents:
         return from_nanogpt(contents, path)
-    version = contents.get('format_version')
-    if version != FORMAT_VERSION:
+    if (version := contents.get('format_version')) != FORMAT_VERSION:
         raise ValueError(f'{path}: format version {version}, and this folio reads {FORMAT_VERSION}')
     for key in {'kind', 'config', 'tokenizer', 'trained_context', 'step', 'model'} - set(contents):
         raise ValueError(f'{path}: lacks {key}, so it is not a whole model file; name another')
@@ -822,10 +804,8 @@ def find(path):
         return path
     names = os.listdir(path) if os.path.isdir(path) else []
     here = [os.path.join(path, name) for name in ('model.pt', 'ckpt.pt') if name in names]
-    if len(here) == 2:
-        return max(here, key=lambda file: step_of(file, os.path.getmtime(file)))
     if here:
-        return here[0]
+        return max(here, key=lambda file: step_of(file, os.path.getmtime(file)))
     if 'config.json' in names and any(re.match(r'pytorch_model|.*\.safetensors', name) for name in names):
         return path
     runs = [os.path.join(path, name, file) for name in names for file in ('model.pt', 'ckpt.pt')]
@@ -866,7 +846,6 @@ def load(path, device='cpu'):
         model = build(contents, device)
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f'{path}: its parts do not fit together: {str(error)[:300]}') from None
-    del contents['model']
     return model, {**contents, 'path': path}
 
 
@@ -875,7 +854,7 @@ def build(contents, device='cpu'):
 
     Contents that do not fit together raise nearly anything.
     """
-    config, weights = GPTConfig(**contents['config']), contents['model']
+    config, weights = GPTConfig(**contents['config']), contents.pop('model')
     with torch.device('meta'):
         model = GPT(config)
     padding = config.padded_vocab_size - len(weights['wte.weight'])
@@ -886,10 +865,9 @@ def build(contents, device='cpu'):
     model.load_state_dict(weights, assign=True)
     weights.clear()  # or the file's 16-bit numbers would stay in memory
     model.to(device, pick_dtype(str(device)) if str(device).startswith('cuda') else torch.float32)
-    for module in [*model.modules()]:
-        for name, layer in module.named_children():
-            if isinstance(layer, (Int8Linear, Int4Linear)):
-                setattr(module, name, layer.pack())
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, (Int8Linear, Int4Linear)):
+            model.set_submodule(name, layer.pack())
     model.trained_context = contents['trained_context']
     return model.eval()
 
@@ -935,10 +913,9 @@ def from_hugging_face(folder):
         reason = ' '.join(str(error).split())[:300]
         way_out = 'pip install transformers' if isinstance(error, ImportError) else 'name another'
         raise ValueError(f'{folder}: not a GPT-2 that folio can read: {reason}; {way_out}') from None
-    weights = {}
-    for name, w in theirs.transformer.state_dict().items():
-        if config.bias or not name.endswith('bias'):  # their network always has biases
-            weights[name] = w.t().contiguous() if re.search(r'c_\w+\.weight', name) else w  # Conv1D's (C, O)
+    weights = {name: w.t().contiguous() if re.search(r'c_\w+\.weight', name) else w  # Conv1D's (C, O)
+               for name, w in theirs.transformer.state_dict().items()
+               if config.bias or not name.endswith('bias')}  # their network always has biases
     return imported(folder, config, weights, facts)
 
 
@@ -951,8 +928,7 @@ def from_nanogpt(contents, path):
     shape = said['block_size'], 50257, said['n_layer'], said['n_head'], said['n_embd']
     weights = {re.sub(r'^(_orig_mod\.)?transformer\.', '', name): w for name, w in contents['model'].items()
                if not name.endswith('lm_head.weight')}
-    dataset = contents['config'].get('dataset', '')
-    facts = {'tokenizer': GPT2, 'step': contents['iter_num'], 'dataset': dataset}
+    facts = dict(tokenizer=GPT2, step=contents['iter_num'], dataset=contents['config'].get('dataset', ''))
     return imported(path, GPTConfig(*shape, bias=said['bias']), weights, facts)
 
 

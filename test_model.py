@@ -611,7 +611,7 @@ def test_choose_follows_the_distribution():
     (0.0, 1), (0.45, 1), (0.55, 2), (0.79, 2), (0.81, 3), (0.96, 4), (1.0, 4)])
 def test_filter_logits_keeps_the_fewest_that_reach_top_p(top_p, kept):
     logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()  # by rank: 0.5, 0.8, 0.95 and 1 in all
-    finite = filter_logits(logits, top_p=top_p)[0].isfinite()
+    finite = filter_logits(logits, top_p=top_p)[0][0].isfinite()
     assert finite.nonzero().flatten().tolist() == sorted([1, 3, 0, 2][:kept])
 
 
@@ -631,15 +631,16 @@ def test_filter_logits_equals_hugging_face(settings):
     logits, idx = 3 * torch.randn(16, 1100), torch.randint(1100, (16, 40))
     settings = dict(settings)
     penalty, temperature = settings.pop('repetition_penalty', 1.0), settings.get('temperature', 1.0)
-    seen = torch.zeros(16, 1100, dtype=torch.bool).scatter_(1, idx, True)
-    ours = filter_logits(penalize(logits, seen, penalty), **settings).softmax(dim=-1)
+    ours, ids = filter_logits(penalize(logits, idx, penalty), **settings)
+    if ids is not None:
+        ours = torch.full_like(logits, -math.inf).scatter(1, ids, ours)
     expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(idx, logits)
     expected = theirs.TemperatureLogitsWarper(temperature)(idx, expected)
     for key, warper in (('top_k', theirs.TopKLogitsWarper), ('top_p', theirs.TopPLogitsWarper),
                         ('min_p', theirs.MinPLogitsWarper)):
         if key in settings:
             expected = warper(settings[key])(idx, expected)
-    assert (ours - expected.softmax(dim=-1)).abs().max() < 1e-5
+    assert (ours.softmax(dim=-1) - expected.softmax(dim=-1)).abs().max() < 1e-5
 
 
 def test_split_loss_is_the_mean_over_every_token(gpt):
@@ -683,9 +684,8 @@ def test_int8_layer_gives_a_row_alone_what_it_gives_it_among_others(chip, monkey
     torch.manual_seed(0)
     layer, x = quantized_layer('int8', torch.randn(300, 256), torch.randn(300)).pack(), torch.randn(16, 256)
     x[3] *= 1000  # must not take the other rows' bits
-    together = layer(x)
-    for row, y in zip(x, together):
-        assert torch.equal(layer(row[None])[0], y) if model.INT8 != 'float' else torch.allclose(layer(row), y, atol=0.1)
+    for row, among_others in zip(x, layer(x)):
+        assert error_of(layer(row[None])[0], among_others) < 0.002
 
 
 def test_int8_layer_has_a_fixed_layout():
