@@ -531,8 +531,8 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
            text=None):
     """Sample ids (B,) from logits (B, V) by inverse transform: uniform (B,) holds a number in [0, 1) a row.
 
-    temperature 0 takes the likeliest id. repetition_penalty applies to the ids in text (B, T). For top_k, top_p
-    and min_p see filter_logits().
+    temperature 0 takes the likeliest id. repetition_penalty applies to the ids in text (B, T). For top_k,
+    top_p and min_p see filter_logits().
     """
     if repetition_penalty != 1:
         logits = penalize(logits, text, repetition_penalty)
@@ -545,8 +545,8 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
     # in float64 uniform · sum stays below the sum, so the search always ends at an id with a probability
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None].to(probs.device) * cumulative[:, -1:]
-    choice = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.size(1) - 1).to(logits.device)
-    return (choice if ids is None else ids.gather(1, choice))[:, 0]
+    choice = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.size(1) - 1)
+    return (choice if ids is None else ids.gather(1, choice.to(ids.device)))[:, 0].to(logits.device)
 
 
 def penalize(logits, text, penalty):
@@ -561,9 +561,9 @@ def penalize(logits, text, penalty):
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """(logits (B, K), their ids (B, K) in ascending order, None for all V): what may be chosen, else -inf.
 
-    Logits (B, V) are divided by the temperature. Then, in Hugging Face's order, only the top_k likeliest stay
-    (0: all); of these the likeliest that together reach top_p (https://arxiv.org/abs/1904.09751); of these the
-    ones at least min_p times as likely as the likeliest (https://arxiv.org/abs/2407.01082).
+    Logits (B, V) are divided by the temperature. Then, in Hugging Face's order, only the top_k likeliest
+    stay (0: all); of these the likeliest that together reach top_p (https://arxiv.org/abs/1904.09751); of
+    these the ones at least min_p times as likely as the likeliest (https://arxiv.org/abs/2407.01082).
     """
     ids = None
     if 0 < top_k < logits.size(1):
@@ -604,7 +604,7 @@ def fast_step(model, cache, steps, compile='auto'):
             run = torch.inference_mode()(lambda: compiled(model, ids, cache, start))
             run()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = ' '.join(str(error).split())[:200]
         print(f'compile failed ({reason}); going on eagerly', file=sys.stderr)
         return model.next_logits
 
@@ -655,7 +655,7 @@ def split_loss(model, tokens, context, max_tokens=0, name='', batch_tokens=8192)
 
 
 def recited(model, tokens, length=50, texts=40):
-    """Share of `texts` places, spread evenly over tokens, where greedy decoding gives the next `length` tokens.
+    """Share of `texts` places, spread evenly over tokens, whose next `length` tokens greedy decoding gives.
 
     The prompt is the `length` tokens before, or half the trained context if that is shorter.
     """
@@ -923,8 +923,8 @@ def from_nanogpt(contents, path):
     """read()'s contents for a nanoGPT checkpoint. Raises ValueError if its vocabulary is not GPT-2's."""
     said = contents['model_args']
     if not 50257 <= said['vocab_size'] <= 50304:
-        raise ValueError(f"{path}: nanoGPT's, with {said['vocab_size']:,} tokens that are not GPT-2's and that "
-                         'the file does not name; train it again with folio')
+        raise ValueError(f"{path}: nanoGPT's, with {said['vocab_size']:,} tokens that are not GPT-2's "
+                         'and that it does not name; train it again with folio')
     shape = said['block_size'], 50257, said['n_layer'], said['n_head'], said['n_embd']
     weights = {re.sub(r'^(_orig_mod\.)?transformer\.', '', name): w for name, w in contents['model'].items()
                if not name.endswith('lm_head.weight')}

@@ -57,11 +57,8 @@ class GPT2Tokenizer:
         tiktoken panics on a run of about a million blanks inside a text, but not at its end. So long runs
         are cut before their last blank, where GPT2_PATTERN cuts them anyway.
         """
-        if special_tokens:
-            ids = []
-            for document in text.split(ENDOFTEXT):
-                ids += [*self.encode(document), self.eot]
-            return ids[:-1]  # no document ends after the last <|endoftext|>
+        if special_tokens:  # no document ends after the last <|endoftext|>
+            return [id for part in text.split(ENDOFTEXT) for id in (*self.encode(part), self.eot)][:-1]
         if len(text) < 100_000:
             return self.encoding.encode_ordinary(text)
         return [id for part in LONG_RUN_END.split(text) for id in self.encoding.encode_ordinary(part)]
@@ -248,8 +245,7 @@ def cut_exactly(blocks):
     held = ''
     for block in blocks:
         if block is None:
-            yield held
-            yield None
+            yield from (held, None)
             held = ''
         else:
             text = held + block

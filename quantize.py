@@ -23,7 +23,7 @@ from prepare import get_tokenizer, hugging_face_tokenizer, load_data
 
 
 def convert(weights, dtype):
-    """Convert a model's float weights, a dict, in place; one at a time, so that memory holds them once.
+    """Convert a dict of float weights in place, one weight at a time, so that memory holds them once.
 
     Raises ValueError for a weight that is not finite, or too large for the new type.
     """
@@ -33,8 +33,7 @@ def convert(weights, dtype):
             raise ValueError(f'{name} is not finite: the training had diverged; take an earlier model')
         if dtype.startswith('int') and w.dim() == 2 and name != 'wpe.weight':
             parts = [LAYERS[dtype].from_float(part.float()) for part in w.split(4096)]
-            integers, scales = zip(*parts)
-            weights[name], new = torch.cat(integers), torch.cat(scales)
+            weights[name], new = map(torch.cat, zip(*parts))  # integers, scales
             weights[name.replace('weight', 'scale')] = new
         else:
             new = w.to(torch.float16 if dtype.startswith('int') else getattr(torch, dtype)).clone()
@@ -125,7 +124,7 @@ if __name__ == '__main__':
     if config.quantized:
         fail(f'{path}: {config.quantized} already; name the model that it was made from')
     folder, stem = (path, 'model') if os.path.isdir(path) else os.path.split(os.path.splitext(path)[0])
-    if not os.path.exists(checkpoint):  # from the Hub, whose cache is no place for the result
+    if not os.path.exists(checkpoint):  # from the Hub: write to out/, not into its cache
         folder, stem = os.path.join('out', os.path.basename(checkpoint)), 'model'
         os.makedirs(folder, exist_ok=True)
     target = os.path.join(folder, 'hf' if format == 'hf' else f"{stem.replace('ckpt', 'model')}_{dtype}.pt")
@@ -141,7 +140,7 @@ if __name__ == '__main__':
     if tokens is None and 'dataset' in given:
         fail(f"--dataset={data}: no data/{data}/train.bin in the model's tokenizer; leave it out", 2)
     if tokens is None:
-        print("no loss is measured: the model's data are not here; --dataset names others", file=sys.stderr)
+        print("no loss is measured: the model's data is not here; --dataset names other data", file=sys.stderr)
 
     # -- convert and measure ---------------------------------------------------------------------------------
     before = measure(model, 'the original', tokens, eval_tokens, tokenizer.start)
@@ -181,4 +180,4 @@ if __name__ == '__main__':
     print(f'{path} -> {target}, converted in {seconds:.1f} s. '
           f'Now: python sample.py --checkpoint={shlex.quote(target)}')
     if format == 'hf' and tokenizer.eot is None:
-        print('A char tokenizer: transformers leaves out what it does not know; llama.cpp cannot read it')
+        print('transformers drops characters that this tokenizer does not have; llama.cpp cannot read it')

@@ -29,7 +29,7 @@ stop = ''                 # a text ends before this string
 context = 0               # tokens the model attends to; 0 = as many as it was trained with
 seed = 1337               # text i is drawn with seed + i
 device = 'auto'           # auto, cpu, cuda, cuda:1, mps
-compile = 'auto'          # True: compile for a CPU, for 20 s; auto: capture a graph on a GPU; False: neither
+compile = 'auto'          # auto = a captured graph on a GPU; True = compiled on a CPU (20 s)
 configure(globals(), dict(
     num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_p=(0, 1), min_p=(0, 1),
     repetition_penalty=(1e-3, 1e3), seed=(0, 2**63 - 1), device=pick_device,
@@ -41,7 +41,7 @@ def write(prompt):
     """Print a prompt and its first text as that is generated, then its other texts."""
     ids = tokenizer.encode(prompt, special_tokens=True) or [tokenizer.start]
     if len(ids) > window:
-        print(f'the model looks back {window:,} tokens: of {len(ids):,} it sees the end', file=sys.stderr)
+        print(f'the prompt has {len(ids):,} tokens; the model reads the last {window:,}', file=sys.stderr)
     began, tokens = time.perf_counter(), 0
     for i in range(0, num_samples, 32):  # 32 at once: for GPT-2 small their KV cache stays below 3 GB
         count, printed = min(num_samples - i, 32), 0

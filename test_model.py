@@ -915,7 +915,7 @@ def test_load_reads_nanogpts_checkpoints(tmp_path, bias):
     with torch.no_grad():
         assert torch.equal(ours(idx), made(idx)) and ours.config.bias == bias
     process = run('train.py', '--init_from=resume', f'--out_dir={tmp_path}', cwd=tmp_path)
-    one_line(process, 1, 'a checkpoint of folio is wanted')
+    one_line(process, 1, 'not a checkpoint of train.py')
 
 
 def test_load_refuses_nanogpts_characters(tmp_path):
@@ -1783,7 +1783,7 @@ def test_quantize_to_hugging_face_and_back(tmp_path, shape, dtype):
              made_by='a test')
     args = ['--checkpoint=model.pt', '--format=hf', f'--dtype={dtype}']
     process = done(run('quantize.py', *args, cwd=tmp_path))
-    assert 'hf' in process.stdout and ('leaves out' in process.stdout) == (V == 65)
+    assert 'hf' in process.stdout and ('drops characters' in process.stdout) == (V == 65)
 
     again, meta = load(tmp_path / 'hf')
     for name, w in again.state_dict().items():

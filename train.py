@@ -47,10 +47,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights, lr = group['params'], group['lr']
             for p in weights:
-                if 'momentum' not in self.state[p]:
-                    self.state[p]['momentum'] = torch.zeros_like(p)
-            averages = [self.state[p]['momentum'] for p in weights]
-            updates = [p.grad for p in weights]
+                self.state[p] = self.state[p] or {'momentum': torch.zeros_like(p)}
+            averages, updates = [self.state[p]['momentum'] for p in weights], [p.grad for p in weights]
             torch._foreach_lerp_(averages, updates, 1 - group['momentum'])
             torch._foreach_lerp_(updates, averages, group['momentum'])  # Nesterov; overwrites the gradients
             torch._foreach_mul_(weights, 1 - lr * group['weight_decay'])
@@ -79,15 +77,14 @@ def orthogonalize_in_ranks(x, dtype):
 
 def orthogonalize(x, dtype=torch.float32, steps=5):
     """Matrices (n, rows, columns) with singular values near 1, by Muon's quintic Newton-Schulz iteration."""
-    tall = x.size(1) > x.size(2)
-    if tall:
-        x = x.transpose(1, 2)
+    if x.size(1) > x.size(2):
+        return orthogonalize(x.transpose(1, 2), dtype, steps).transpose(1, 2)
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-30)).to(dtype)  # it converges for singular values under 1
     for _ in range(steps):
         gram = x @ x.transpose(1, 2)
         poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, poly, x, beta=3.4445)
-    return x.transpose(1, 2) if tall else x
+    return x
 
 
 def cosine(start, end, x):
@@ -119,9 +116,8 @@ class Windows:
     def __init__(self, tokens, T, device, seed=0, shift=False):
         self.tokens, self.T, self.device, self.seed, self.shift = tokens, T, device, seed, shift
         self.count = (len(tokens) - 1) // T  # windows an epoch
-        self.source = torch.from_numpy(tokens)
-        if device.startswith('cuda') and len(tokens) < 2**29:  # so only the windows' starts travel to the GPU
-            self.source = torch.from_numpy(tokens.astype(np.int32)).to(device)
+        on_gpu = device.startswith('cuda') and len(tokens) < 2**29  # then a step copies the starts only
+        self.source = torch.from_numpy(np.int32(tokens)).to(device) if on_gpu else torch.from_numpy(tokens)
 
     @functools.lru_cache(maxsize=2)
     def starts(self, epoch):
@@ -130,11 +126,11 @@ class Windows:
         starts = rng.permutation(self.count) * self.T
         if self.shift:
             starts += rng.integers(self.T)
-            starts[starts + self.T + 1 > len(self.tokens)] = 0  # past the end: cover the head instead
+            starts[starts + self.T + 1 > len(self.tokens)] = 0  # past the end: take the first one instead
         return starts
 
     def batch(self, first, rows):
-        """Windows number first … first + rows - 1, counted over all epochs; see at()."""
+        """Inputs and targets (B, T) of `rows` windows from number `first` on, counted through all epochs."""
         return self.at([self.starts(i // self.count)[i % self.count] for i in range(first, first + rows)])
 
     def at(self, starts):
@@ -149,36 +145,11 @@ class Windows:
 
 # -- what is measured ----------------------------------------------------------------------------------------
 
-def collect(pending, state, epoch_steps, milestones, scaled):
-    """Bring the last steps' losses and gradient norms from the device into the state, and empty `pending`.
-
-    This is the loop's only wait for the device between log lines. Raises ValueError if one is not finite;
-    with a loss scaler (float16) a gradient may overflow.
-    """
-    values = torch.stack([torch.stack(pair) for pair in pending]).tolist() if pending else []
-    first = state['step'] - len(pending) + 1
-    pending.clear()
-    for step, (loss, norm) in enumerate(values, first):
-        if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
-            raise ValueError(f'loss {loss}, gradient norm {norm} at step {step}: the run has blown up; its '
-                             'last checkpoint is kept. Lower --learning_rate, or raise --warmup_iters')
-        state['first_loss'] = state['first_loss'] or loss
-        state['loss_sum'] += loss
-        state['loss_count'] += 1
-        state['recent'] = (state['recent'] + [loss])[-epoch_steps:]
-        state['best_loss'] = min(state['best_loss'], loss)
-        state['grad_norm'] = norm
-        for milestone in milestones:
-            if loss < milestone:
-                state['passed'].setdefault(str(milestone), step)
-
-
 def agree(loss, signalled, late):
-    """(mean loss of all ranks, [a rank was signalled, rank 0 is late]), in one exchange without a wait."""
+    """(mean loss of all ranks, (whether any was signalled, whether any is late)), in one exchange."""
     if not dist.is_initialized():
         return loss, (signalled, late)
-    flags = [torch.full_like(loss, flag) for flag in (signalled, late and dist.get_rank() == 0)]
-    sums = torch.stack([loss, *flags])
+    sums = torch.stack([loss, torch.full_like(loss, signalled), torch.full_like(loss, late)])
     dist.all_reduce(sums)
     return sums[0] / dist.get_world_size(), sums[1:]
 
@@ -189,13 +160,11 @@ PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, '
 
 
 def peak_flops(device, dtype, measure):
-    """The device's greatest FLOP/s: its data sheet's for 16 bits, else, to `measure`, a product's; else 0."""
+    """Peak FLOP/s: the data sheet's for 16 bits; else, with `measure`, that of a timed product; else 0."""
     name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != torch.float32 else ''
-    for key, peak in PEAK_FLOPS.items():
-        if key in name:
-            return peak
-    if not measure:
-        return 0
+    known = [peak for key, peak in PEAK_FLOPS.items() if key in name] or [0]
+    if known[0] or not measure:
+        return known[0]
     from torch.utils.benchmark import Timer
     n = 4096 if device.startswith('cuda') else 1024
     a = torch.ones(n, n, device=device, dtype=dtype)
@@ -222,7 +191,7 @@ def print_sample(model, tokenizer, seed):
 if __name__ == '__main__':
     # run
     out_dir = 'out'                  # folder of checkpoints, model and log; empty = write nothing
-    init_from = 'scratch'            # scratch, resume, gpt2, a path or Hub id; auto, auto:gpt2: resume first
+    init_from = 'scratch'            # scratch, resume, gpt2, a path, a Hub id; auto, auto:gpt2: resume first
     overwrite = False                # start over where a run already is
     # data
     input = 'input.txt'              # text, prepared if data/<dataset>/ is not there: a file, folder or glob
@@ -231,15 +200,15 @@ if __name__ == '__main__':
     val_fraction = 0.1               # share of the text kept for validation; 0 = none
     # model
     n_layer = 12                     # blocks
-    n_head = 12                      # attention heads a block
+    n_head = 12                      # attention heads per block
     n_embd = 768                     # width, a multiple of n_head
     block_size = 1024                # positions that the model has, tokens
     dropout = 0.0                    # share of activations dropped; helps where a small text is read often
     bias = True                      # biases in linear layers and norms, as GPT-2; False is a little faster
     # batch
-    batch_size = 8                   # windows a forward pass; more is faster a token until memory is full
-    seq_len = 0                      # tokens a window; 0 = block_size
-    gradient_accumulation_steps = 1  # forward passes a step: a larger batch in the same memory
+    batch_size = 8                   # windows per forward pass; more is faster until memory is full
+    seq_len = 0                      # tokens per window; 0 = block_size
+    gradient_accumulation_steps = 1  # forward passes per step: a larger batch in the same memory
     shift_windows = True             # draw each epoch's first cut; generalises better than fixed windows
     # optimizer
     optimizer = 'adamw'              # adamw, or muon for the blocks' matrices (twice the progress a step)
@@ -249,20 +218,20 @@ if __name__ == '__main__':
     warmup_iters = 100               # steps of linear warm-up: (i + 1) / warmup_iters of the rate at step i
     lr_decay_iters = 0               # step at which the schedule ends; 0 = max_iters
     weight_decay = 0.1               # of matrices, not of biases and norms
-    beta1 = 0.9                      # AdamW's memory of the gradient
-    beta2 = 0.95                     # AdamW's memory of its square; nearer 1 for small batches
+    beta1 = 0.9                      # decay of AdamW's mean gradient
+    beta2 = 0.95                     # decay of its mean squared gradient; nearer 1 for small batches
     grad_clip = 1.0                  # greatest gradient norm; 0 = no clipping
     # stopping
     max_iters = 5000                 # steps
     loss_threshold = 0.0             # stop when an epoch's mean (at most 100 steps) is under it; 0 = never
-    patience = 0                     # stop after so many evaluations without a better one; 0 = never
-    max_minutes = 0.0                # stop, ready to resume, after so long; 0 = never
+    patience = 0                     # stop after this many evaluations without a better one; 0 = never
+    max_minutes = 0.0                # minutes until it stops, ready to resume; 0 = never
     # rhythm, in steps; 0 = never
     log_interval = 10                # a line here and in out_dir/log.csv
     eval_interval = 250              # validation, and out_dir/best.pt where it is the best so far
-    eval_iters = 20                  # batches an evaluation of a split
+    eval_iters = 20                  # batches per evaluation of a split
     checkpoint_interval = 500        # the whole state to out_dir/ckpt.pt
-    sample_interval = 500            # print what the model writes by now
+    sample_interval = 500            # print a sample of the model's text
     final_eval_tokens = 0            # tokens of each split in the losses at the end; 0 = all
     # system
     device = 'auto'                  # auto, cpu, cuda, cuda:1, mps
@@ -279,8 +248,6 @@ if __name__ == '__main__':
         beta2=(0, 0.99999999), eval_iters=(1,), dtype=('auto', 'float32', 'bfloat16', 'float16'),
         compile=('auto', 'True', 'False')),
         'lower --batch_size and raise --gradient_accumulation_steps, or give --gradient_checkpointing')
-    if patience and not eval_interval:
-        fail('--patience needs evaluations, but --eval_interval is 0; set --eval_interval', 2)
 
     # -- the run: a new one, the one in out_dir, or one that starts from another model -----------------------
     rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # torchrun's
@@ -298,14 +265,13 @@ if __name__ == '__main__':
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
     if start == 'resume':
         if not resumable:
-            fail(f"{files['ckpt.pt']}: nothing to resume; leave --init_from away to start a run")
+            fail(f"{files['ckpt.pt']}: nothing to resume; leave out --init_from to start a run")
         checkpoint = read(files['ckpt.pt'])
         if checkpoint['kind'] != 'checkpoint':
-            fail(f"{files['ckpt.pt']}: a checkpoint of folio is wanted; name it with --init_from instead")
-        for key in ('out_dir', 'init_from', 'overwrite'):
-            del checkpoint['settings'][key]
+            fail(f"{files['ckpt.pt']}: not a checkpoint of train.py; name it with --init_from instead")
+        kept = {**checkpoint['settings'], 'out_dir': out_dir, 'init_from': init_from, 'overwrite': overwrite}
         fixed = (*shape, 'dataset', 'tokenizer', 'optimizer')
-        merge(settings, globals(), checkpoint['settings'], fixed, f'the run in {out_dir}')
+        merge(settings, globals(), kept, fixed, f'the run in {out_dir}')
     elif there and not replace:
         fail(f"{', '.join(there)}: a run is already there; {'--init_from=resume goes on, ' * resumable}"
              '--overwrite replaces it, --out_dir=out/another keeps it')
@@ -321,7 +287,9 @@ if __name__ == '__main__':
         print(f"{about['path']}: {parent.num_params():,} parameters, step {about['step']:,}", file=errors)
         kept = {key: getattr(parent.config, key) for key in shape}
         merge(settings, globals(), {**kept, 'tokenizer': about['tokenizer']['name']}, shape, start)
-    # this rank's share of a step: of the accumulation if that divides evenly, else of the batch
+    if patience and not eval_interval:
+        fail('--patience needs evaluations, but --eval_interval is 0; set --eval_interval', 2)
+    # ranks share the accumulation where it divides evenly, else the batch
     windows_per_step, accumulation = batch_size * gradient_accumulation_steps, gradient_accumulation_steps
     accumulation //= 1 if accumulation % ranks else ranks
     rows = windows_per_step // (accumulation * ranks)
@@ -332,15 +300,14 @@ if __name__ == '__main__':
     if ranks > 1:  # torchrun keeps its store over a restart: the prefix hides the last attempt's addresses
         store = next(dist.rendezvous('env://', rank, ranks))[0]
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-        if not master:
-            store.wait(['data'], datetime.timedelta(days=1))
+        backend = 'gloo' if kind == 'cpu' else 'nccl'
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
         alphabet = about['tokenizer'].get('characters', '') if parent else ''
         prepare(input, dataset, tokenizer, val_fraction, characters=alphabet)
     if ranks > 1:
-        store.set('data', 'prepared')
-        backend = 'nccl' if kind == 'cuda' else 'gloo'
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+        store.set(f'rank {rank}', 'has its data')
+        store.wait(['rank 0'], datetime.timedelta(days=1))  # preparing a large corpus takes long
     train_tokens, val_tokens, data_meta = load_data(dataset)
     T, vocab_size = seq_len or block_size, data_meta['tokenizer']['vocab_size']
     try:
@@ -354,11 +321,11 @@ if __name__ == '__main__':
     if checkpoint and checkpoint['data'] != data_meta:
         fail(f'data/{dataset} is not what this run was trained on; prepare that, or take another --out_dir')
     if parent and about['tokenizer'] != data_meta['tokenizer']:
-        fail(f'data/{dataset} is not in the tokenizer of {start}; name another --dataset, or prepare it so')
+        fail(f'data/{dataset} is not in the tokenizer of {start}; name another --dataset')
     if len(train_tokens) < T + 1:
         fail(f'data/{dataset}: {len(train_tokens)} training tokens, under seq_len {T} + 1; lower --seq_len')
     train = val = Windows(train_tokens, T, chip, seed, shift_windows)
-    if val_tokens is not None and len(val_tokens) > 1:  # nothing predicts a token that stands alone
+    if val_tokens is not None and len(val_tokens) > 1:  # nothing predicts the first token
         val = Windows(val_tokens, T, chip)
     epoch_steps = max(train.count // windows_per_step, 1)
 
@@ -390,35 +357,35 @@ if __name__ == '__main__':
             with autocast():
                 model(*train.batch(0, rows)).backward()
         except Exception as error:
-            model, reason = raw_model, str(error).strip().splitlines()[0][:200]
+            model, reason = raw_model, ' '.join(str(error).split())[:200]
             print(f'compile failed ({reason}); going on eagerly, which is slower', file=sys.stderr)
-        raw_model.zero_grad(set_to_none=True)
     how = str(compute_dtype).removeprefix('torch.') + (', compiled' if model is not raw_model else '')
     if ranks > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
 
     # -- the state of the run: all of it but weights and optimizers ------------------------------------------
-    # logged_step -1: a run that starts from another model evaluates that first
-    state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if parent else 0, loss_sum=0.0, loss_count=0,
-                 log_bytes=0, recent=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
+    # logged_step is -1 for a run that starts from another model, so that step 0 is evaluated
+    state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if parent else 0, loss_sum=0.0, log_bytes=0,
+                 recent=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
                  losses={}, best_val=math.inf, best_val_step=0, bad_evals=0)
     if checkpoint:
         state = checkpoint['state']
-        for one, kept in zip(optimizers, checkpoint['optimizers']):  # the rates are this command's
+        for one, kept in zip(optimizers, checkpoint['optimizers']):  # rates and decay are this command's
             one.load_state_dict({'state': kept['state'], 'param_groups': one.state_dict()['param_groups']})
         scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
     facts = dict(tokenizer=data_meta['tokenizer'], trained_context=raw_model.trained_context, dataset=dataset,
                  made_by='train.py ' + ' '.join(sys.argv[1:]))
-    checkpoint = parent = None  # frees their memory
+    checkpoint = parent = kept = None  # frees their memory
     if master and out_dir:
         os.makedirs(out_dir, exist_ok=True)
         for path in there if start != 'resume' else ():
             os.remove(path)
-        if os.path.exists(files['log.csv']):  # rows after the checkpoint come again
+        if os.path.exists(files['log.csv']):  # the run writes the rows after the checkpoint again
             os.truncate(files['log.csv'], min(state['log_bytes'], os.path.getsize(files['log.csv'])))
 
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
-    caught, pending, flags = [], [], (False, False)  # signals; steps not collected; agree()'s answer
+    # one process leaves as soon as a signal is caught; several ranks agree to, once a step
+    caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; what agree() returned
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
     def keep(name, **more):
@@ -430,9 +397,27 @@ if __name__ == '__main__':
         keep('ckpt.pt', kind='checkpoint', losses=state['losses'], settings=settings, data=data_meta,
              state=state, optimizers=[one.state_dict() for one in optimizers], scaler=scaler.state_dict())
 
+    def collect():
+        """Bring the pending steps' losses and gradient norms from the device into the state.
+
+        This is the loop's only wait for the device. Raises ValueError if a loss or a norm is not finite; with
+        a loss scaler (float16) a norm may be infinite.
+        """
+        values = torch.stack([torch.stack(pair) for pair in pending]).tolist() if pending else []
+        pending.clear()
+        for step, (loss, norm) in enumerate(values, state['step'] - len(values) + 1):
+            if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
+                raise ValueError(f'loss {loss}, gradient norm {norm} at step {step}: the run has blown up; its '
+                                 'last checkpoint is kept. Lower --learning_rate, raise --warmup_iters')
+            state.update(
+                first_loss=state['first_loss'] or loss, best_loss=min(state['best_loss'], loss),
+                grad_norm=norm, loss_sum=state['loss_sum'] + loss,
+                recent=(state['recent'] + [loss])[-threshold_steps:],
+                passed={str(mark): step for mark in milestones if loss < mark} | state['passed'])
+
     def log_line(step, losses, speed, left):
         """Print a line and append a row to log.csv; the loss is the mean since the last row."""
-        loss, lr = state['loss_sum'] / state['loss_count'], rate(step - 1)[0]
+        loss, lr = state['loss_sum'] / (step - max(state['logged_step'], 0)), rate(step - 1)[0]
         mfu = f'  mfu {speed * flops / peak:.0%}' if peak else ''
         print(f"step {step:,}/{max_iters:,}  loss {loss:.4f}  best {state['best_loss']:.4f}  norm "
               f"{state['grad_norm']:.2f}  lr {lr:.2e}  {speed:,.0f} tok/s{mfu}  {peak_memory(chip):.1f} GB  "
@@ -443,7 +428,6 @@ if __name__ == '__main__':
             cells = [f'{cell:.6f}' if isinstance(cell, float) else str(cell) for cell in row.values()]
             with open(files['log.csv'], 'a', encoding='utf-8', newline='\n') as f:  # one write for the row
                 f.write((','.join(row) + '\n' if f.tell() == 0 else '') + ','.join(cells) + '\n')
-                f.flush()
                 state['log_bytes'] = f.tell()
 
     @torch.no_grad()
@@ -471,9 +455,9 @@ if __name__ == '__main__':
         if None in losses.values():
             return None
         better = losses['val_loss'] < state['best_val']
-        state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
         print(f"evaluation at step {step:,}: train {losses['train_loss']:.4f}, validation "
               f"{losses['val_loss']:.4f}{', the best so far' if better else ''}", flush=True)
+        state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
         if better:
             state.update(best_val=losses['val_loss'], best_val_step=step)
             keep('best.pt', losses=losses)
@@ -484,11 +468,11 @@ if __name__ == '__main__':
         caught.append(number)
         on_signals(signal.SIG_DFL)
 
-    def save_if_unread(error_kind, error, trace, report=sys.excepthook):
+    def save_if_unread(*error, report=sys.excepthook):
         """Save the run when nobody reads its output any more (`| head`)."""
-        if issubclass(error_kind, BrokenPipeError):
+        if issubclass(error[0], BrokenPipeError):
             keep_checkpoint()
-        report(error_kind, error, trace)
+        report(*error)
     sys.excepthook = save_if_unread
 
     # -- the banner ------------------------------------------------------------------------------------------
@@ -499,24 +483,23 @@ if __name__ == '__main__':
           f'{T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
     where = f"step {state['step']:,}" if start == 'resume' else f'a new run from {start}'
     print(f"{out_dir or 'nothing written'}: {where}, up to step {max_iters:,}")
-    epochs = max_iters / epoch_steps  # past four they teach little: https://arxiv.org/abs/2305.16264
-    if epochs > 4 and raw_model.num_params() > 10 * len(train_tokens) and not loss_threshold:
-        print(f'so few tokens, read {epochs:.0f} times, will be learnt by heart: a longer --input helps')
+    # after four epochs a text teaches little more: https://arxiv.org/abs/2305.16264
+    if max_iters > 4 * epoch_steps and raw_model.num_params() > 10 * len(train_tokens) and not loss_threshold:
+        print(f'a text read {max_iters / epoch_steps:.0f} times is learnt by heart; a longer --input helps')
 
     # -- the loop --------------------------------------------------------------------------------------------
     intervals = log_interval, eval_interval, checkpoint_interval, sample_interval
     threshold_steps = min(epoch_steps, 100)
     milestones = [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold]
     began, seconds, first_step = time.time(), state['seconds'], state['step']
-    last_time, last_tokens = began, state['tokens']
+    last_time, last_tokens, signalled, over = began, state['tokens'], False, False
     on_signals(catch)
     while True:
         step, stop = state['step'], ''  # steps done, and why to stop
-        signalled, over = map(bool, flags)  # as all ranks agreed in the last step
         log, evaluation, saving, sampling = (every and step % every == 0 for every in intervals)
         looking = loss_threshold > 0 and step % 10 == 0
         if looking or log or evaluation or saving or sampling or signalled or over or step >= max_iters:
-            collect(pending, state, threshold_steps, milestones, scaler.is_enabled())
+            collect()
         now, mean = time.time(), sum(state['recent']) / max(len(state['recent']), 1)
         state['seconds'] = seconds + now - began
         left = duration((now - began) / max(step - first_step, 1) * (max_iters - step))
@@ -528,10 +511,10 @@ if __name__ == '__main__':
         if step > state['logged_step'] and (log or evaluation or stop):
             losses = evaluate_splits(step) if evaluation else {}
             if losses is None:
-                break  # the run evaluates again when it goes on
+                break  # a resumed run evaluates this step again
             if step:
                 log_line(step, losses, (state['tokens'] - last_tokens) / max(now - last_time, 1e-9), left)
-            state.update(loss_sum=0.0, loss_count=0, logged_step=step)
+            state.update(loss_sum=0.0, logged_step=step)
             last_time, last_tokens = now, state['tokens']
         elif kind == 'cpu' and step == first_step + 3 and now - began > 10:
             print(f'at this rate it takes {left} on this CPU; config/quickstart.py takes seconds', flush=True)
@@ -545,15 +528,16 @@ if __name__ == '__main__':
             break
         last_time += time.time() - now  # tokens/s is of training alone
 
-        lr, momentum = rate(step)
+        lr, beta = rate(step)
         for group in (group for one in optimizers for group in one.param_groups):
-            group.update({'lr': lr, 'betas': (momentum, beta2)} if 'betas' in group else {'lr': lr})
+            group.update({'lr': lr, 'betas': (beta, beta2)} if 'betas' in group else {'lr': lr})
+        raw_model.zero_grad()
         loss = torch.zeros((), device=chip)
         for micro_step in range(accumulation):
             if dropout:
-                torch.manual_seed(hash((seed, step, micro_step, rank)))  # a resumed run draws the same
+                torch.manual_seed(hash((seed, step, micro_step, rank)))  # a resumed run drops the same
             x, y = train.batch(step * windows_per_step + (micro_step * ranks + rank) * rows, rows)
-            model.require_backward_grad_sync = micro_step == accumulation - 1  # DDP's exchange, once a step
+            model.require_backward_grad_sync = micro_step == accumulation - 1  # DDP exchanges once per step
             with autocast():
                 part = model(x, y) / accumulation
             scaler.scale(part).backward()
@@ -561,34 +545,35 @@ if __name__ == '__main__':
             if caught and ranks == 1:
                 break
         if caught and ranks == 1:
-            break  # in the middle of a step, which is done again when the run goes on
+            break  # the step is not finished; a resumed run does it again
         for one in optimizers:
             scaler.unscale_(one)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        for one in optimizers:
-            scaler.step(one)
+        if not scaler.is_enabled() or norm.isfinite():  # an overflow that one optimizer sees skips both
+            for one in optimizers:
+                scaler.step(one)
         scaler.update()
-        raw_model.zero_grad(set_to_none=True)
+        signalled, over = map(bool, flags)  # of the step before, so that a GPU is not waited for
         loss, flags = agree(loss, bool(caught), 0 < max_minutes < (time.time() - began) / 60)
         pending.append((loss, norm))
         state['step'] += 1
         state['tokens'] += windows_per_step * T
 
     # -- the end: the last save, the losses of the whole splits, the file to deploy, the report --------------
-    collect(pending, state, threshold_steps, milestones, scaler.is_enabled())
+    collect()
     keep_checkpoint()
     if ranks > 1:
-        dist.barrier()  # torchrun ends all ranks when the first one leaves
+        dist.barrier()  # torchrun ends all ranks when one leaves with an error, so the save comes first
         dist.destroy_process_group()
-    if signalled or caught and ranks == 1:
-        number = caught[0] if caught else signal.SIGTERM
+    on_signals(end)  # a signal now ends the process at once: all is saved
+    if signalled or caught:
+        number = signal.Signals(caught[0] if caught else signal.SIGTERM)
         saved = f"saved in {files['ckpt.pt']}; go on with the same command and --init_from=resume"
         saved = saved if out_dir else 'nothing kept'
-        print(f"\n{signal.Signals(number).name} at step {state['step']:,}: {saved}", file=errors)
+        print(f"\n{number.name} at step {state['step']:,}: {saved}", file=errors)
         sys.exit(128 + number)
     if not master:
         sys.exit()
-    on_signals(end)  # at once: all is saved
     stop, speed = stop or f'{max_minutes} minutes over', state['tokens'] / max(state['seconds'], 1e-9)
     print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {speed:,.0f} tokens/s")
     if state['step']:
@@ -609,5 +594,5 @@ if __name__ == '__main__':
             print(f'recited     {recited(raw_model, tokens):.0%} of its 50-token continuations, greedily')
     keep('model.pt', losses=final)
     if out_dir:
-        path = files['best.pt'] if patience and state['bad_evals'] else out_dir  # patience: validation counts
+        path = files['best.pt'] if patience and state['bad_evals'] else out_dir
         print(f"{files['log.csv']} has the curve. Now: python sample.py --checkpoint={shlex.quote(path)}")

@@ -91,14 +91,13 @@ def run_file(path, settings):
     found = path if os.path.isfile(path) else os.path.join(os.path.dirname(__file__), os.pardir, path)
     if not os.path.isfile(found):
         fail(f'{path}: no such config file (settings are written --key=value)', 2)
-    # the file reads the settings as builtins, so its own scope holds nothing but what it assigns
+    # settings are the file's builtins: it can read them, and `scope` holds only what it assigns
     scope = {'__builtins__': {**vars(builtins), **settings}, '__file__': found}
     try:
         with open(found, encoding='utf-8') as f:
             exec(compile(f.read(), found, 'exec'), scope)
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == found]
+        lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == found]
         line = getattr(error, 'lineno', None) or (lines[-1] if lines else None)
         fail(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", 2)
     return {key: value for key, value in scope.items() if not key.startswith('_') and
@@ -106,7 +105,7 @@ def run_file(path, settings):
 
 
 def checked(key, value, defaults, source):
-    """`value` in the setting's type; an int may stand for a float, and True or False for an 'auto'."""
+    """`value` in the setting's type. A float setting takes an int; an 'auto' setting takes True and False."""
     if key not in defaults:
         nearest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)[0]
         fail(f'{source}: unknown setting {key!r}; the nearest is {nearest!r}, and --help lists all', 2)
@@ -166,7 +165,8 @@ def fail(message, status=1):
 
 def report(kind, error, trace, memory_advice):
     """sys.excepthook: one line for what a user can mend (files, memory, refused values), else a traceback."""
-    ours = traceback.extract_tb(trace)[-1].filename.startswith(os.path.dirname(os.path.dirname(__file__)))
+    home = os.path.dirname(os.path.dirname(__file__))
+    ours = os.path.dirname(traceback.extract_tb(trace)[-1].filename) in (home, os.path.dirname(__file__))
     message = f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else error
     size = re.search(r'[Tt]ried to allocate [\d.]+ \w+', str(error))
     from_torch = issubclass(kind, RuntimeError) and (size or 'out of memory' in str(error))
