@@ -140,7 +140,7 @@ if __name__ == '__main__':
     if tokens is None and 'dataset' in given:
         fail(f"--dataset={data}: no data/{data}/train.bin in the model's tokenizer; leave it out", 2)
     if tokens is None:
-        print("no loss is measured: the model's data is not here; --dataset names other data", file=sys.stderr)
+        print("no loss is measured: the model's data is not here; name it with --dataset", file=sys.stderr)
 
     # -- convert and measure ---------------------------------------------------------------------------------
     before = measure(model, 'the original', tokens, eval_tokens, tokenizer.start)

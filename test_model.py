@@ -1537,7 +1537,7 @@ def test_train_from_another_model_keeps_its_characters_and_goes_on(folder):
     (folder / 'mine.txt').write_text('The cat sat.\n' * 40)
     args = ['--init_from=auto:out/tiny', '--input=mine.txt', '--dataset=mine', '--out_dir=out/mine',
             '--batch_size=4', '--eval_interval=1', '--log_interval=1']
-    for steps, words in ((2, 'a new run from out/tiny'), (4, 'step 2, up to step 4')):
+    for steps, words in ((2, 'out/tiny, from step 0 to step 2'), (4, 'resume, from step 2 to step 4')):
         process = done(run('train.py', *args, f'--max_iters={steps}', cwd=folder))
         assert words in process.stdout
     assert load(folder / 'out/mine')[1]['tokenizer'] == load(folder / 'out/tiny')[1]['tokenizer']

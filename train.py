@@ -166,10 +166,9 @@ def peak_flops(device, dtype, measure):
     if known[0] or not measure:
         return known[0]
     from torch.utils.benchmark import Timer
-    n = 4096 if device.startswith('cuda') else 1024
-    a = torch.ones(n, n, device=device, dtype=dtype)
+    a = torch.ones(2 * [4096 if device.startswith('cuda') else 1024], device=device, dtype=dtype)
     timer = Timer('product(a, a)', globals=dict(product=product, a=a))
-    return 2 * n**3 / timer.blocked_autorange(min_run_time=0.3).median
+    return 2 * len(a)**3 / timer.blocked_autorange(min_run_time=0.3).median
 
 
 def peak_memory(device):
@@ -300,8 +299,7 @@ if __name__ == '__main__':
     if ranks > 1:  # torchrun keeps its store over a restart: the prefix hides the last attempt's addresses
         store = next(dist.rendezvous('env://', rank, ranks))[0]
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-        backend = 'gloo' if kind == 'cpu' else 'nccl'
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+        dist.init_process_group('gloo' if kind == 'cpu' else 'nccl', store=store, rank=rank, world_size=ranks)
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
         alphabet = about['tokenizer'].get('characters', '') if parent else ''
         prepare(input, dataset, tokenizer, val_fraction, characters=alphabet)
@@ -403,16 +401,17 @@ if __name__ == '__main__':
         This is the loop's only wait for the device. Raises ValueError if a loss or a norm is not finite; with
         a loss scaler (float16) a norm may be infinite.
         """
+        milestones = 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold
         values = torch.stack([torch.stack(pair) for pair in pending]).tolist() if pending else []
         pending.clear()
         for step, (loss, norm) in enumerate(values, state['step'] - len(values) + 1):
             if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
-                raise ValueError(f'loss {loss}, gradient norm {norm} at step {step}: the run has blown up; its '
-                                 'last checkpoint is kept. Lower --learning_rate, raise --warmup_iters')
+                raise ValueError(f'loss {loss}, gradient norm {norm} at step {step}: the run has blown up; '
+                                 'go on from its last checkpoint with a lower --learning_rate')
             state.update(
                 first_loss=state['first_loss'] or loss, best_loss=min(state['best_loss'], loss),
                 grad_norm=norm, loss_sum=state['loss_sum'] + loss,
-                recent=(state['recent'] + [loss])[-threshold_steps:],
+                recent=(state['recent'] + [loss])[-min(epoch_steps, 100):],
                 passed={str(mark): step for mark in milestones if loss < mark} | state['passed'])
 
     def log_line(step, losses, speed, left):
@@ -481,17 +480,14 @@ if __name__ == '__main__':
     held_out = 'the training split stands in' if val is train else f'{len(val_tokens):,} tokens'
     print(f'data/{dataset}: {len(train_tokens):,} training tokens; validation: {held_out}; {batch_size} x '
           f'{T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
-    where = f"step {state['step']:,}" if start == 'resume' else f'a new run from {start}'
-    print(f"{out_dir or 'nothing written'}: {where}, up to step {max_iters:,}")
+    print(f"{out_dir or 'nothing written'}: {start}, from step {state['step']:,} to step {max_iters:,}")
     # after four epochs a text teaches little more: https://arxiv.org/abs/2305.16264
     if max_iters > 4 * epoch_steps and raw_model.num_params() > 10 * len(train_tokens) and not loss_threshold:
         print(f'a text read {max_iters / epoch_steps:.0f} times is learnt by heart; a longer --input helps')
 
     # -- the loop --------------------------------------------------------------------------------------------
-    intervals = log_interval, eval_interval, checkpoint_interval, sample_interval
-    threshold_steps = min(epoch_steps, 100)
-    milestones = [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold]
     began, seconds, first_step = time.time(), state['seconds'], state['step']
+    intervals = log_interval, eval_interval, checkpoint_interval, sample_interval
     last_time, last_tokens, signalled, over = began, state['tokens'], False, False
     on_signals(catch)
     while True:
@@ -505,7 +501,7 @@ if __name__ == '__main__':
         left = duration((now - began) / max(step - first_step, 1) * (max_iters - step))
         if step >= max_iters:
             stop = f'max_iters {max_iters:,} reached'
-        elif looking and len(state['recent']) == threshold_steps and mean < loss_threshold:
+        elif looking and len(state['recent']) == min(epoch_steps, 100) and mean < loss_threshold:
             stop = f'loss {mean:.6f} under {loss_threshold}'
 
         if step > state['logged_step'] and (log or evaluation or stop):
@@ -568,8 +564,7 @@ if __name__ == '__main__':
     on_signals(end)  # a signal now ends the process at once: all is saved
     if signalled or caught:
         number = signal.Signals(caught[0] if caught else signal.SIGTERM)
-        saved = f"saved in {files['ckpt.pt']}; go on with the same command and --init_from=resume"
-        saved = saved if out_dir else 'nothing kept'
+        saved = 'saved; go on with the same command and --init_from=resume' if out_dir else 'nothing kept'
         print(f"\n{number.name} at step {state['step']:,}: {saved}", file=errors)
         sys.exit(128 + number)
     if not master:
