@@ -73,7 +73,7 @@ class GPTConfig:
 KERNELS = {  # more than 64 float32 rows, one float32 row, int8 weights, int4 weights
     'avx512_vnni': ('onednn', 'parts', 'int_mm', 'int4'),  # AMD from Zen 4, Intel servers from Cascade Lake
     'avx512': ('onednn', 'parts', 'fbgemm', 'int4'),       # Skylake servers
-    'avx2': ('mkl', 'onednn', 'fbgemm', 'int8'),           # Zen 1 to 3, most Intel laptops
+    'avx2': ('mkl', 'onednn', 'fbgemm', 'int8'),           # Zen 1 to 3, most Intel laptops; see SMALL_MATRIX
     'other': ('torch', 'torch', 'float', 'int8')}          # ARM, and torch builds without these libraries
 FBGEMM = getattr(torch.ops.quantized, 'linear_with_input_q_dq_qweight_dq_output_fp32', None)
 
@@ -91,6 +91,7 @@ CHIP = os.environ.get('FOLIO_KERNELS') or kernels_here()
 if CHIP not in KERNELS:
     sys.exit(f"FOLIO_KERNELS={CHIP}: choose one of {', '.join(KERNELS)}")
 MANY_ROWS, ONE_ROW, INT8, INT4 = KERNELS[CHIP]
+SMALL_MATRIX = 2**19  # weights; below, MKL's float32 product is the fastest, because they stay in the cache
 
 
 def product(x, weight, bias=None):
@@ -110,11 +111,10 @@ def cpu_product(x, weight, bias=None):
     Footgun: the column needs the strides of a transposed row, (1, C); with (1, 1) MKL reads at 11 GB/s.
     """
     rows, (O, C) = x.numel() // x.size(-1), weight.shape
-    kernel = ONE_ROW if rows == 1 or ONE_ROW == 'torch' else MANY_ROWS if rows > 64 else 'onednn'
-    if kernel == 'onednn':
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-    if kernel != 'parts':
+    if MANY_ROWS != 'onednn' and (rows > 64 or O * C < SMALL_MATRIX or ONE_ROW == 'torch'):
         return F.linear(x, weight, bias)
+    if rows > 1 or ONE_ROW == 'onednn':
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     parts = math.gcd(O, 4 * torch.get_num_threads())
     column = x.reshape(1, 1, C).transpose(1, 2).expand(parts, C, 1)
     y = torch.bmm(weight.reshape(parts, O // parts, C), column).view(*x.shape[:-1], O)
@@ -181,8 +181,8 @@ class Int8Linear(nn.Module):
         return self.weight[idx] * self.scale[idx][..., None]
 
     def pack(self):
-        """This layer, with its weights prepared for the chip's kernel, or as floats where there is none."""
-        kernel = INT8 if self.weight.device.type == 'cpu' else 'float'
+        """This layer, with its weights prepared for the chip's kernel, or as floats if that is faster."""
+        kernel = INT8 if self.weight.device.type == 'cpu' and self.weight.numel() >= SMALL_MATRIX else 'float'
         if kernel == 'float':
             self.packed = self.rows()
         elif kernel == 'fbgemm':

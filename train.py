@@ -167,7 +167,7 @@ def peak_flops(device, dtype, measure):
         return known[0]
     from torch.utils.benchmark import Timer
     a = torch.ones(2 * [4096 if device.startswith('cuda') else 1024], device=device, dtype=dtype)
-    timer = Timer('product(a, a)', globals=dict(product=product, a=a))
+    timer = Timer('product(a, a)', globals=dict(product=product, a=a), num_threads=torch.get_num_threads())
     return 2 * len(a)**3 / timer.blocked_autorange(min_run_time=0.3).median
 
 
