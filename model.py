@@ -271,7 +271,7 @@ class Int4Linear(nn.Module):
             layer = Int8Linear(*reversed(self.shape))
             parts = [layer.from_float(self.rows(idx)) for idx in torch.arange(self.shape[0]).split(4096)]
             layer.weight, layer.scale = map(torch.cat, zip(*parts))
-            layer.scale, layer.bias = layer.scale.float(), self.bias
+            layer.scale, layer.bias = layer.scale.to(self.scale.dtype), self.bias
             return layer.pack()
         pad = (0, 0, 0, -self.shape[0] % 16)
         weight, scale = F.pad(self.weight, pad, value=0x88), F.pad(self.scale, pad).t()

@@ -85,10 +85,13 @@ class CharTokenizer:
 
         Raises ValueError for a character that is not in the vocabulary.
         """
-        try:
-            return [*map(self.ids.__getitem__, text.replace(ENDOFTEXT, '\n') if special_tokens else text)]
-        except KeyError as error:
-            raise ValueError(f'{error} is not in the char vocabulary {self.characters[:60]!r}') from None
+        text = text.replace(ENDOFTEXT, '\n') if special_tokens else text
+        points, known = (np.frombuffer(characters.encode('utf-32-le', 'surrogatepass'), '<u4')
+                         for characters in (text, self.characters))  # code points; `known` ascends
+        ids = np.searchsorted(known, points).clip(max=len(known) - 1)
+        for missing in np.flatnonzero(known[ids] != points)[:1]:
+            raise ValueError(f'{text[missing]!r} is not in the char vocabulary {self.characters[:60]!r}')
+        return ids.tolist()
 
     def decode_bytes(self, ids):
         """Ids -> UTF-8 bytes."""
