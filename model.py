@@ -4,8 +4,8 @@ GPT-2: the network, its KV cache, generation, loading and saving.
     model, meta = load('out')                                    # a model file, a folder, or a Hub id
     for ids in model.generate(torch.tensor([[50256]]), 20): ...  # one id a text a step
 
-This file can be copied into another project alone; importing it registers two torch operators and does
-nothing more. The network and its names are OpenAI's, https://github.com/openai/gpt-2, src/model.py. Shapes in
+This file can be copied into another project alone; importing it registers two torch operators and reads
+FOLIO_KERNELS. The network and its names are OpenAI's, https://github.com/openai/gpt-2, src/model.py. Shapes in
 comments: B batch, T time, C channels (n_embd), nh heads, hs head size, V vocabulary, S cached positions,
 O outputs of a layer.
 """
@@ -89,7 +89,8 @@ def kernels_here():
 
 CHIP = os.environ.get('FOLIO_KERNELS') or kernels_here()
 if CHIP not in KERNELS:
-    sys.exit(f"FOLIO_KERNELS={CHIP}: choose one of {', '.join(KERNELS)}")
+    print(f"FOLIO_KERNELS={CHIP}: choose one of {', '.join(KERNELS)}", file=sys.stderr)
+    sys.exit(2)
 MANY_ROWS, ONE_ROW, INT8, INT4 = KERNELS[CHIP]
 SMALL_MATRIX = 2**19  # weights; below, MKL's float32 product is the fastest, because they stay in the cache
 
@@ -180,7 +181,7 @@ class Int8Linear(nn.Module):
         """Rows idx of the table as floats (…, C)."""
         return self.weight[idx] * self.scale[idx][..., None]
 
-    def pack(self):
+    def pack(self, table=False):
         """This layer, with its weights prepared for the chip's kernel, or as floats if that is faster."""
         kernel = INT8 if self.weight.device.type == 'cpu' and self.weight.numel() >= SMALL_MATRIX else 'float'
         if kernel == 'float':
@@ -192,7 +193,7 @@ class Int8Linear(nn.Module):
             self.packed = torch.ops.quantized.linear_prepack(q, None)
             self.number = id(self.packed)
             PACKED[self.number] = self.packed
-        if kernel != 'int_mm' and self.bias is not None:  # a table, which has no bias, keeps them for rows()
+        if kernel != 'int_mm' and not table:  # the token table keeps its integers, for rows()
             self.weight = None
         return self
 
@@ -262,7 +263,7 @@ class Int4Linear(nn.Module):
         q = self.halves(self.weight[idx]).to(scale.dtype) - 8
         return (q.unflatten(-1, (-1, self.GROUP)) * scale).flatten(-2)[..., :self.shape[1]]
 
-    def pack(self):
+    def pack(self, table=False):
         """This layer with weights in the order of torch's kernel, or an Int8Linear where that is faster.
 
         Int8's rounding error is small beside that of 4 bits. The kernel needs a multiple of 16 rows.
@@ -272,7 +273,7 @@ class Int4Linear(nn.Module):
             parts = [layer.from_float(self.rows(idx)) for idx in torch.arange(self.shape[0]).split(4096)]
             layer.weight, layer.scale = map(torch.cat, zip(*parts))
             layer.scale, layer.bias = layer.scale.to(self.scale.dtype), self.bias
-            return layer.pack()
+            return layer.pack(table)
         pad = (0, 0, 0, -self.shape[0] % 16)
         weight, scale = F.pad(self.weight, pad, value=0x88), F.pad(self.scale, pad).t()
         self.packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(self.halves(part).int(), 1)
@@ -867,7 +868,7 @@ def build(contents, device='cpu'):
     model.to(device, pick_dtype(str(device)) if str(device).startswith('cuda') else torch.float32)
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, (Int8Linear, Int4Linear)):
-            model.set_submodule(name, layer.pack())
+            model.set_submodule(name, layer.pack(table=name == 'wte'))
     model.trained_context = contents['trained_context']
     return model.eval()
 

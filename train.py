@@ -107,7 +107,6 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
     return rates[schedule], beta1
 
 
-
 # -- batches -------------------------------------------------------------------------------------------------
 
 class Windows:
@@ -156,7 +155,7 @@ def agree(loss, signalled, late):
 
 # dense 16-bit tensor FLOP/s from the makers' data sheets
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'L40S': 362e12,
-              'L4': 121e12, 'V100': 125e12, 'T4': 65e12, '4090': 165e12, '3090': 71e12}
+              'L40': 181e12, 'L4': 121e12, 'V100': 125e12, 'T4': 65e12, '4090': 165e12, '3090': 71e12}
 
 
 def peak_flops(device, dtype, measure):

@@ -64,7 +64,7 @@ def merge(settings, namespace, kept, fixed, owner):
     """
     for key, value in kept.items():
         if key in given and key in fixed and settings[key] != value:
-            fail(f'--{key}={settings[key]}: {owner} has {value}; leave it out, or take another --out_dir', 2)
+            fail(f'--{key}={settings[key]}: {owner} has {value}; leave the setting out', 2)
         if key in settings and key not in given:
             settings[key] = namespace[key] = value
 
@@ -154,6 +154,7 @@ def on_signals(action):
 
 def end(number, frame):
     """A signal handler that ends the process at once: status 130 for Ctrl-C, 143 for SIGTERM."""
+    on_signals(signal.SIG_DFL)  # a second signal must not raise while Python leaves
     sys.exit(128 + number)
 
 
