@@ -5,9 +5,9 @@ GPT-2: the network, its KV cache, generation, loading and saving.
     for ids in model.generate(torch.tensor([[50256]]), 20): ...  # one id a text a step
 
 This file can be copied into another project alone; importing it registers two torch operators and reads
-FOLIO_KERNELS. The network and its names are OpenAI's, https://github.com/openai/gpt-2, src/model.py. Shapes in
-comments: B batch, T time, C channels (n_embd), nh heads, hs head size, V vocabulary, S cached positions,
-O outputs of a layer.
+FOLIO_KERNELS. The network and its names are OpenAI's, https://github.com/openai/gpt-2, src/model.py.
+Shapes in comments: B batch, T time, C channels (n_embd), nh heads, hs head size, V vocabulary, S cached
+positions, O outputs of a layer.
 """
 import contextlib
 import ctypes
