@@ -44,7 +44,7 @@ import pandas  # noqa: E402  (Gradio brings it)
 
 chip = pick_device(device)
 home = download(checkpoint or os.environ.get('FOLIO_CHECKPOINT') or 'out')  # where the models are
-NO_MODEL = 'There is no model yet: python train.py config/quickstart.py makes one in seconds.'
+NO_MODEL = 'There is no model yet: python train.py config/quickstart.py makes one in a minute.'
 EXAMPLES = ['To be, or not to be,', 'Once upon a time', 'We are accounted poor citizens, the', 'Elizabeth']
 NUMBERS = dict(  # what a visitor may set: label, least and greatest value, default, step, and a hint
     max_new_tokens=('New tokens', 1, max_tokens, min(100, max_tokens), 1, None),
@@ -300,8 +300,6 @@ CSS = '''
 #status [data-testid=status-tracker] { height: 70px }  /* the place in the queue */
 #status .error { display: none }  /* Gradio says "Error" after some Stops; real ones come as a message too */
 '''
-HEAD = '''<script>document.addEventListener('keydown', event => {
-    if (event.ctrlKey && event.key === 'Enter') document.querySelector('#generate').click() })</script>'''
 quietly = dict(api_visibility='private', show_progress='hidden', queue=False)
 in_turn = dict(concurrency_id='generate', concurrency_limit=at_once)
 
@@ -310,7 +308,7 @@ with gr.Blocks(title='folio') as page:
     with gr.Tab('Text'), gr.Row():
         with gr.Column(scale=2):
             prompt = gr.Textbox(label='Prompt', lines=3, max_lines=12, elem_id='prompt',
-                                placeholder='The beginning of a text. Ctrl-Enter or Shift-Enter writes on.')
+                                placeholder='The beginning of a text. Shift-Enter writes on.')
             with gr.Row():
                 go = gr.Button('Generate', variant='primary', elem_id='generate')
                 halt = gr.Button('Stop', elem_id='stop')
@@ -343,5 +341,5 @@ if __name__ == '__main__':
         threads[0].submit(get_model, '').result()  # so that the first visitor need not wait
     theme = gr.themes.Soft(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
     page.launch(server_name=host or None, server_port=port if 'port' in given else None, share=share,
-                auth=tuple(login.split(':', 1)) if login else None, theme=theme, css=CSS, head=HEAD,
+                auth=tuple(login.split(':', 1)) if login else None, theme=theme, css=CSS,
                 footer_links=['api'], show_error=True, max_file_size=1, ssr_mode=False)

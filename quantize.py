@@ -107,10 +107,10 @@ if __name__ == '__main__':
                               max_loss_increase=(0, 1e9)))
     if eval_tokens == 1:
         fail('--eval_tokens=1: a loss needs at least 2 tokens; 0 takes all', 2)
+    kind = 'float32' if format == 'hf' and 'dtype' not in given else dtype  # of the new weights
     if format == 'hf':
-        dtype = dtype if 'dtype' in given else 'float32'
-        if dtype.startswith('int'):
-            fail(f'--dtype={dtype}: not for transformers; take float32 or bfloat16, or --format=folio', 2)
+        if kind.startswith('int'):
+            fail(f'--dtype={kind}: not for transformers; take float32 or bfloat16, or --format=folio', 2)
         if not find_spec('transformers'):
             fail('--format=hf needs transformers: pip install transformers')
 
@@ -127,9 +127,7 @@ if __name__ == '__main__':
     if not os.path.exists(checkpoint):  # from the Hub: write to out/, not into its cache
         folder, stem = os.path.join('out', os.path.basename(checkpoint)), 'model'
         os.makedirs(folder, exist_ok=True)
-    target = os.path.join(folder, 'hf' if format == 'hf' else f"{stem.replace('ckpt', 'model')}_{dtype}.pt")
-    if not os.access(folder or '.', os.W_OK):
-        fail(f'{folder}: no permission to write; copy {path} elsewhere and name it with --checkpoint')
+    target = os.path.join(folder, 'hf' if format == 'hf' else f"{stem.replace('ckpt', 'model')}_{kind}.pt")
 
     # -- the text to measure the loss on ---------------------------------------------------------------------
     tokens, data = None, dataset or facts.get('dataset', '')
@@ -147,30 +145,30 @@ if __name__ == '__main__':
     began, size = time.perf_counter(), megabytes(path) or model.num_params() * 4 / 1e6
     weights = {**model.state_dict(), 'wte.weight': model.wte.weight.detach()[:config.vocab_size]}
     del model  # so that each weight's memory is free once it is converted
-    convert(weights, dtype)
+    convert(weights, kind)
     seconds = time.perf_counter() - began
-    config = dataclasses.replace(config, quantized=dtype if dtype.startswith('int') else '')
+    config = dataclasses.replace(config, quantized=kind if kind.startswith('int') else '')
     shape = dataclasses.asdict(config)
     facts['made_by'] = ' '.join(['quantize.py', *sys.argv[1:], 'from', str(facts.get('made_by', path))])
     kept = ('tokenizer', 'trained_context', 'step', 'losses', 'dataset', 'made_by')
     facts = {key: facts[key] for key in kept if key in facts}
     model = build({**facts, 'config': shape, 'model': dict(weights)})
-    after = measure(model, dtype, tokens, eval_tokens, tokenizer.start)
+    after = measure(model, kind, tokens, eval_tokens, tokenizer.start)
     if tokens is not None and not after[0] <= before[0] * (1 + max_loss_increase):
-        finer = 'int8' if dtype == 'int4' else 'bfloat16'
-        fail(f'{dtype} raises the loss from {before[0]:.4f} to {after[0]:.4f}; nothing is written. Take '
+        finer = 'int8' if kind == 'int4' else 'bfloat16'
+        fail(f'{kind} raises the loss from {before[0]:.4f} to {after[0]:.4f}; nothing is written. Take '
              f'--dtype={finer}, or allow more than --max_loss_increase={max_loss_increase}')
 
     # -- write and report ------------------------------------------------------------------------------------
     if format == 'hf':
-        write_hugging_face(target, config, weights, dtype, facts)
+        write_hugging_face(target, config, weights, kind, facts)
     else:
         save(target, config, weights, **facts)
     if sidecars:
-        for name, content in (('config.json', shape), ('meta.json', {**facts, 'dtype': dtype})):
+        for name, content in (('config.json', shape), ('meta.json', {**facts, 'dtype': kind})):
             with replacing(os.path.join(folder, name)) as f:
                 f.write(json.dumps(content, indent=1).encode())
-    print(f"{'':20s}{'original':>12s}{dtype:>12s}")
+    print(f"{'':20s}{'original':>12s}{kind:>12s}")
     print(f"{'size, MB':20s}{size:12.1f}{megabytes(target):12.1f}")
     if tokens is not None:
         change = f'{after[0] / before[0] - 1:+.2%}   (data/{data}, {split})'
@@ -179,5 +177,3 @@ if __name__ == '__main__':
     print(f"{'tokens/s, eight':20s}{before[2]:12.1f}{after[2]:12.1f}")
     print(f'{path} -> {target}, converted in {seconds:.1f} s. '
           f'Now: python sample.py --checkpoint={shlex.quote(target)}')
-    if format == 'hf' and tokenizer.eot is None:
-        print('transformers drops characters that this tokenizer does not have; llama.cpp cannot read it')

@@ -29,7 +29,7 @@ stop = ''                 # a text ends before this string
 context = 0               # tokens the model attends to; 0 = as many as it was trained with
 seed = 1337               # text i is drawn with seed + i
 device = 'auto'           # auto, cpu, cuda, cuda:1, mps
-compile = 'auto'          # auto = a captured graph on a GPU; True = compiled on a CPU (20 s)
+compile = 'auto'          # a step without Python: a CUDA graph or a trace; auto = from 64 tokens on
 configure(globals(), dict(
     num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_p=(0, 1), min_p=(0, 1),
     repetition_penalty=(1e-3, 1e3), seed=(0, 2**63 - 1), device=pick_device,
@@ -76,10 +76,10 @@ print(f"{meta['path']}: {model.num_params():,} parameters, step {meta['step']:,}
 tokenizer, window = get_tokenizer(meta['tokenizer']), context or model.trained_context
 if context > model.config.block_size:
     fail(f'--context={context}: the model has {model.config.block_size} positions', 2)
-if start == '-' or start.startswith('FILE:'):
-    start = ''.join(read_text(0 if start == '-' else start[5:]))
+from_file = start == '-' or start.startswith('FILE:')
+if start or not interactive:
+    write(''.join(read_text(0 if start == '-' else start[5:])) if from_file else start)
 if not interactive:
-    write(start)
     sys.exit()
 print('Type a prompt and Enter. Ctrl-C stops a text; at the prompt Ctrl-D or Ctrl-C leaves.', file=sys.stderr)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt

@@ -686,7 +686,8 @@ def test_int8_layer_gives_a_row_alone_what_it_gives_it_among_others(chip, monkey
     layer, x = quantized_layer('int8', torch.randn(300, 256), torch.randn(300)).pack(), torch.randn(16, 256)
     x[3] *= 1000  # must not take the other rows' bits
     for row, among_others in zip(x, layer(x)):
-        assert error_of(layer(row[None])[0], among_others) < 0.002
+        alone = layer(row[None])[0]
+        assert error_of(alone, among_others) < 1e-6 and (model.INT8 == 'float' or torch.equal(alone, among_others))
 
 
 def test_int8_layer_has_a_fixed_layout():
@@ -748,6 +749,31 @@ def test_quantized_gpt_is_near_the_float_one(kind, tolerance, shape, monkeypatch
         assert error_of(small(idx), exact) < tolerance
     assert small.num_params() == gpt.num_params()
     assert len(list(small.generate(idx, 70, num_samples=2))) == 70
+
+
+@pytest.mark.parametrize('chip', CHIPS)
+@pytest.mark.parametrize('kind', ['', 'int8', 'int4'])
+def test_trace_writes_what_single_calls_write(chip, kind, monkeypatch):
+    """To the bit, for one text and for three, beyond the window too; traced once for each number of texts."""
+    use_kernels(chip, monkeypatch)
+    torch.manual_seed(0)
+    shape = dict(SMALL, n_embd=128, quantized=kind)
+    weights = {**GPT(GPTConfig(**{**shape, 'quantized': ''})).state_dict()}
+    weights['wte.weight'] = weights['wte.weight'][:shape['vocab_size']]
+    if kind:
+        convert(weights, kind)
+    gpt = build({'config': shape, 'trained_context': 40, 'model': weights})
+    for texts in (1, 3, 1):
+        traced, plain = (ids_of(gpt.generate(torch.tensor([[5, 6]]), 70, num_samples=texts, compile=compile))
+                         for compile in ('auto', 'False'))
+        assert torch.equal(traced, plain)
+    assert set(model.TRACES[gpt]) == {1, 3}
+
+
+def test_trace_that_fails_leaves_single_calls(gpt, monkeypatch, capsys):
+    monkeypatch.setattr(torch.jit, 'trace_module', lambda *args, **options: 1 / 0)
+    assert ids_of(gpt.generate(torch.tensor([[5]]), 5, compile='True')).shape == (1, 5)
+    assert 'division by zero' in capsys.readouterr().err
 
 
 # -- model.py: files -----------------------------------------------------------------------------------------
@@ -1519,12 +1545,11 @@ def test_train_resumed_takes_new_settings_and_reports_all_of_the_run(folder):
 
 # -- train.py: from another model ----------------------------------------------------------------------------
 
-def test_train_from_another_model_keeps_the_best_and_warns(folder):
+def test_train_from_another_model_keeps_the_best(folder):
     """From a model that knows its text, at a rate that ruins it: best.pt is the parent, to be deployed."""
     args = ['--dataset=wide', '--n_embd=128', '--max_iters=200', '--learning_rate=5e-3', '--warmup_iters=1',
             '--val_fraction=0.2', '--eval_interval=50']
     process = tiny_run(folder, 'parent', *args)
-    assert 'learnt by heart' in process.stdout
     process = tiny_run(folder, 'ruined', *args, '--init_from=out/parent', '--learning_rate=1', '--min_lr=1',
                        '--grad_clip=0', '--eval_interval=2', '--eval_iters=50', '--patience=2')
     parent, best = load(folder / 'out/parent')[0], load(folder / 'out/ruined/best.pt')[0]
@@ -1785,7 +1810,7 @@ def test_quantize_to_hugging_face_and_back(tmp_path, shape, dtype):
              made_by='a test')
     args = ['--checkpoint=model.pt', '--format=hf', f'--dtype={dtype}']
     process = done(run('quantize.py', *args, cwd=tmp_path))
-    assert 'hf' in process.stdout and ('drops characters' in process.stdout) == (V == 65)
+    assert 'hf' in process.stdout
 
     again, meta = load(tmp_path / 'hf')
     for name, w in again.state_dict().items():
@@ -1962,7 +1987,7 @@ def test_page_in_a_browser_writes_and_stops(page, folder):
         view.get_by_role('button', name='Once upon a time').click()
         view.wait_for_function("document.querySelector('#prompt textarea').value == 'Once upon a time'")
         view.fill('#prompt textarea', 'The mat')
-        view.locator('#prompt textarea').press('Control+Enter')
+        view.locator('#prompt textarea').press('Shift+Enter')
         view.wait_for_function(status % 'all tokens written')
         view.wait_for_function(status % 'word for word')
         assert view.locator('.text pre').count() == 1 and view.inner_text('.text .prompt') == 'The mat'

@@ -1,7 +1,7 @@
 """
 Train a GPT-2: from scratch, from where a run stopped, or from another model's weights.
 
-$ python train.py config/quickstart.py                      # characters, 0.6M parameters, seconds on a CPU
+$ python train.py config/quickstart.py                      # characters, 0.6M parameters, a minute on a CPU
 $ python train.py config/shakespeare.py --batch_size=32     # GPT-2 small (124M) until its loss is under 0.1
 $ python train.py config/shakespeare.py --init_from=resume  # goes on after Ctrl-C, a kill or a power cut
 $ python train.py --input=my.txt --dataset=mine --out_dir=out/mine --seq_len=256 --max_iters=2000
@@ -285,6 +285,8 @@ if __name__ == '__main__':
         print(f"{about['path']}: {parent.num_params():,} parameters, step {about['step']:,}", file=errors)
         kept = {key: getattr(parent.config, key) for key in shape}
         merge(settings, globals(), {**kept, 'tokenizer': about['tokenizer']['name']}, shape, start)
+    if seq_len > block_size:
+        fail(f'--seq_len={seq_len}: the model has {block_size} positions, its block_size', 2)
     if patience and not eval_interval:
         fail('--patience needs evaluations, but --eval_interval is 0; set --eval_interval', 2)
     # ranks share the accumulation where it divides evenly, else the batch
@@ -313,8 +315,6 @@ if __name__ == '__main__':
         config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
     except ValueError as error:
         fail(error, 2)
-    if T > block_size:
-        fail(f'--seq_len={seq_len}: the model has {block_size} positions, its block_size', 2)
     if checkpoint and checkpoint['data'] != data_meta:
         fail(f'data/{dataset} is not what this run was trained on; prepare that, or take another --out_dir')
     if parent and about['tokenizer'] != data_meta['tokenizer']:
@@ -480,9 +480,6 @@ if __name__ == '__main__':
     print(f'data/{dataset}: {len(train_tokens):,} training tokens; validation: {held_out}; {batch_size} x '
           f'{T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
     print(f"{out_dir or 'nothing written'}: {start}, from step {state['step']:,} to step {max_iters:,}")
-    # after four epochs a text teaches little more: https://arxiv.org/abs/2305.16264
-    if max_iters > 4 * epoch_steps and raw_model.num_params() > 10 * len(train_tokens) and not loss_threshold:
-        print(f'a text read {max_iters / epoch_steps:.0f} times is learnt by heart; a longer --input helps')
 
     # -- the loop --------------------------------------------------------------------------------------------
     began, seconds, first_step = time.time(), state['seconds'], state['step']
@@ -512,7 +509,7 @@ if __name__ == '__main__':
             state.update(loss_sum=0.0, logged_step=step)
             last_time, last_tokens = now, state['tokens']
         elif kind == 'cpu' and step == first_step + 3 and now - began > 10:
-            print(f'at this rate it takes {left} on this CPU; config/quickstart.py takes seconds', flush=True)
+            print(f'at this rate {left} on this CPU; config/quickstart.py takes a minute', flush=True)
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
         if sampling and step > first_step:

@@ -1,4 +1,4 @@
-# A small GPT on characters, trained in seconds on two CPU cores.
+# A small GPT on characters, trained in under a minute on two CPU cores.
 # python train.py config/quickstart.py
 out_dir = 'out/quickstart'
 dataset = 'shakespeare_char'
