@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from config import configure, fail, given
-from model import GPT, GPTConfig, device_name, download, find, keep_freed_memory, load, pick_device, read
+from model import GPTConfig, device_name, download, find, keep_freed_memory, load, pick_device, read
 from prepare import TextStream, get_tokenizer, stream_texts
 
 checkpoint = ''      # a model file, a folder of them or a Hub id; empty = $FOLIO_CHECKPOINT, else out
@@ -103,13 +103,11 @@ def description(path, changed):
     try:
         meta = read(path, check=False)  # leaves the tensors on disk
         config = GPTConfig(**meta['config'])
-        with torch.device('meta'):
-            parameters = GPT(config).num_params()
     except (ValueError, OSError) as error:
         return html.escape(str(error))
     losses = ', '.join(f'{name} {loss:.4f}' for name, loss in meta.get('losses', {}).items())
-    return html.escape(f"{parameters:,} parameters, {config.quantized or 'float32'}, on {device_name(chip)}; "
-                       f"trained context {meta['trained_context']:,} tokens, step {meta['step']:,}; {losses}")
+    return html.escape(f"{config.num_params():,} parameters, {config.quantized or 'float32'}, on "
+                       f"{device_name(chip)}; trained context {meta['trained_context']:,} tokens, step {meta['step']:,}; {losses}")
 
 
 # -- memory or invention -------------------------------------------------------------------------------------

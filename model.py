@@ -24,6 +24,8 @@ import time
 import warnings
 import weakref
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import torch
@@ -64,6 +66,12 @@ class GPTConfig:
         """
         V = self.vocab_size
         return V if V < 1024 or self.quantized else math.ceil(V / 64) * 64
+
+    def num_params(self):
+        """See GPT.num_params()."""
+        # in all a multiple of n_embd: rows of tables and matrices, norms, biases
+        rows = self.vocab_size + self.block_size + 12 * self.n_layer * self.n_embd
+        return (rows + 2 * self.n_layer + 1 + (11 * self.n_layer + 1) * self.bias) * self.n_embd
 
 
 # -- products on a CPU ---------------------------------------------------------------------------------------
@@ -177,8 +185,8 @@ class Int8Linear(nn.Module):
             self.packed = self.rows()
         elif kernel == 'fbgemm':
             zeros = torch.zeros(len(self.scale), dtype=torch.long)
-            with warnings.catch_warnings(action='ignore'):  # torch means to drop its quantized tensors
-                q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
+            warnings.filterwarnings('ignore', 'torch.quantize_per_tensor')  # torch plans to drop them
+            q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
             self.packed = torch.ops.quantized.linear_prepack(q, None)
         if kernel != 'int_mm' and not table:  # the token table keeps its integers, for rows()
             self.weight = None
@@ -251,7 +259,7 @@ class Int4Linear(nn.Module):
         """
         if INT4 == 'int8' or self.weight.device.type != 'cpu':
             layer = Int8Linear(*reversed(self.shape))
-            parts = [layer.from_float(self.rows(idx)) for idx in torch.arange(self.shape[0]).split(4096)]
+            parts = [layer.from_float(self.rows(idx)) for idx in torch.arange(self.shape[0]).split(1024)]
             layer.weight, layer.scale = map(torch.cat, zip(*parts))
             layer.scale, layer.bias = layer.scale.to(self.scale.dtype), self.bias
             return layer.pack(table)
@@ -292,19 +300,19 @@ class CausalSelfAttention(nn.Module):
 
         With a mask (1, S), all S positions are read.
         """
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        B, T = x.shape[:2]
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (B, nh, T, hs)
         dropout = self.dropout if is_learning(self) else 0.0
         if cache is not None:  # with a mask all S positions are read: static shapes, for a captured step
             new, end = (slice(start, start + T), start + T) if mask is None else (start, None)
-            cache[:, :, :, new] = qkv[1:]
-            k, v = cache[:, :, :, :end]
+            cache[..., new, :] = qkv[1:]
+            k, v = cache[..., :end, :]
         if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and 1 < T <= 512 and cache is None:
             y = attend_in_products(q, k, v, dropout)
         else:  # is_causal aligns top-left: right for an empty cache, and one new position needs no mask
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=bool(T > 1))
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side again
         return F.dropout(self.c_proj(y), dropout, dropout > 0)
 
 
@@ -439,9 +447,7 @@ class GPT(nn.Module):
 
     def num_params(self):
         """Trainable numbers, the tied table once and its padding left out: 124,439,808 for GPT-2 small."""
-        c = self.config  # in all a multiple of n_embd: rows of tables and matrices, norms, biases
-        rows = c.vocab_size + c.block_size + 12 * c.n_layer * c.n_embd
-        return (rows + 2 * c.n_layer + 1 + (11 * c.n_layer + 1) * c.bias) * c.n_embd
+        return self.config.num_params()
 
     def flops_per_token(self, seq_len):
         """Floating-point operations to train on a token: 6N + 12·layers·C·T, N without the position table.
@@ -844,7 +850,8 @@ def build(contents, device='cpu'):
     Contents that do not fit together raise nearly anything.
     """
     config, weights = GPTConfig(**contents['config']), contents.pop('model')
-    with torch.device('meta'):
+    # normal_ would import torch's compiler, 2 s and 100 MB, only to fill tensors without memory
+    with torch.device('meta'), mock.patch.object(nn.init, 'normal_'):
         model = GPT(config)
     padding = config.padded_vocab_size - len(weights['wte.weight'])
     if padding > 0:
@@ -854,9 +861,17 @@ def build(contents, device='cpu'):
     model.load_state_dict(weights, assign=True)
     weights.clear()  # or the file's 16-bit numbers would stay in memory
     model.to(device, pick_dtype(str(device)) if str(device).startswith('cuda') else torch.float32)
-    for name, layer in [*model.named_modules()]:
-        if isinstance(layer, (Int8Linear, Int4Linear)):
-            model.set_submodule(name, layer.pack(table=name == 'wte'))
+    names = [name for name, layer in model.named_modules() if hasattr(layer, 'pack')]
+
+    def pack(name):
+        model.set_submodule(name, model.get_submodule(name).pack(table=name == 'wte'))
+    # FBGEMM packs on one thread, so the table is packed on another beside the blocks; int4 would take memory
+    beside = names[:1] if config.quantized == 'int8' else []
+    with ThreadPoolExecutor(1) as pool:
+        packing = pool.map(pack, beside)
+        for name in names[len(beside):]:
+            pack(name)
+        list(packing)  # waits, and raises its errors
     model.trained_context = contents['trained_context']
     return model.eval()
 

@@ -50,7 +50,7 @@ def measure(model, name, tokens, eval_tokens, start):
     for texts in (1, 8):
         for steps in (8, 8, min(64, context)):  # two warm-ups, then the one that counts
             began = time.perf_counter()
-            for _ in model.generate(torch.tensor([[start]]), steps, num_samples=texts):
+            for _ in model.generate(torch.tensor([[start]]), steps, num_samples=texts, compile='True'):
                 pass
         results.append(texts * steps / (time.perf_counter() - began))
     return results
