@@ -107,7 +107,8 @@ def description(path, changed):
         return html.escape(str(error))
     losses = ', '.join(f'{name} {loss:.4f}' for name, loss in meta.get('losses', {}).items())
     return html.escape(f"{config.num_params():,} parameters, {config.quantized or 'float32'}, on "
-                       f"{device_name(chip)}; trained context {meta['trained_context']:,} tokens, step {meta['step']:,}; {losses}")
+                       f"{device_name(chip)}; trained context {meta['trained_context']:,} tokens, "
+                       f"step {meta['step']:,}; {losses}")
 
 
 # -- memory or invention -------------------------------------------------------------------------------------

@@ -452,6 +452,54 @@ def test_gpt_compiles_into_one_graph(gpt):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
 
 
+def test_gpt_compiles_its_blocks_into_one_graph(gpt):
+    idx, graphs, gradients = torch.randint(1100, (2, 9)), [], []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+    gpt.train()
+    for compiled in (False, True):
+        if compiled:
+            gpt.compile(backend=counting, fullgraph=True)
+        gpt(idx, idx).backward()
+        gradients.append([p.grad for p in gpt.parameters()])
+        gpt.zero_grad(set_to_none=True)
+    gpt.compile(disable=True)
+    assert len(gpt.h) > 1 and len(graphs) == 2  # a block, the loss
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize('kind', ['head', 'next_logits'])
+def test_gpt_in_bfloat16_has_float32_logits(gpt, kind):
+    """Near -100, as GPT-2's are, bfloat16 numbers are 0.5 apart."""
+    gpt.bfloat16()
+    with torch.no_grad():
+        gpt.wte.weight[:, 0], gpt.ln_f.weight[0], gpt.ln_f.bias[0] = -1, 0, 100
+        idx = torch.randint(1100, (2, 9))
+        logits = gpt(idx)[:, -1] if kind == 'head' else gpt.next_logits(idx, gpt.new_cache(2, 9))
+        exact = gpt.hidden(idx)[:, -1].double() @ gpt.wte.weight[:1100].t().double()
+    assert logits.dtype == torch.float32 and exact.mean() < -90 and (logits - exact).abs().max() < 1e-3
+
+
+def test_gpt_steps_with_static_shapes_as_without(gpt):
+    """What a CUDA graph captures: the position is a tensor, and all of the cache is read behind a mask."""
+    idx, caches = torch.randint(1100, (3, 12)), [gpt.new_cache(3, 32) for _ in range(2)]
+    for cache in caches:
+        gpt.next_logits(idx[:, :7], cache)
+    for position in range(7, 12):
+        fixed, plain = (gpt.next_logits(idx[:, position:position + 1], cache, start)
+                        for cache, start in zip(caches, (torch.tensor([position]), position)))
+        assert torch.allclose(fixed, plain, atol=1e-5)
+
+
+def test_gpt_generates_without_cudnns_attention(gpt):
+    gpt.next_logits(torch.zeros(1, 1, dtype=torch.long), gpt.new_cache(1, 4))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    gpt(torch.zeros(1, 1, dtype=torch.long))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize('chip', CHIPS)
 @pytest.mark.parametrize('shape', [(5, 64), (2, 3, 64), (1, 64), (100, 64)], ids=str)
 @pytest.mark.parametrize('bias', [True, False])
@@ -510,6 +558,14 @@ def test_pick_device_names_a_gpu_that_torch_takes(name, rank, index, monkeypatch
     for wrong in ('cuda:2', 'cuda:x', 'tpu', 'meta', 'cpu:0'):
         with pytest.raises(ValueError, match=wrong):
             model.pick_device(wrong)
+
+
+@pytest.mark.parametrize('capability, dtype', [((6, 1), torch.float32), ((7, 5), torch.float16),
+                                               ((8, 9), torch.bfloat16), ((9, 0), torch.bfloat16)], ids=str)
+def test_pick_dtype_takes_what_a_gpu_has_units_for(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    assert model.pick_dtype('cuda:0') == dtype
+    assert model.pick_dtype('cuda:0', 'float32') == torch.float32
 
 
 # -- model.py: generation ------------------------------------------------------------------------------------
@@ -750,6 +806,20 @@ def test_quantized_gpt_is_near_the_float_one(kind, tolerance, shape, monkeypatch
         assert error_of(small(idx), exact) < tolerance
     assert small.num_params() == gpt.num_params()
     assert len(list(small.generate(idx, 70, num_samples=2))) == 70
+
+
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+def test_quantized_gpt_is_a_float_one_on_a_gpu(kind, capsys):
+    """'cpu:0' stands for a GPU here: all but 'cpu' gets floats."""
+    torch.manual_seed(0)
+    weights, idx = GPT(GPTConfig(**SMALL)).state_dict(), torch.randint(1100, (2, 9))
+    weights['wte.weight'] = weights['wte.weight'][:1100]
+    convert(weights, kind)
+    contents = {'config': dict(SMALL, quantized=kind), 'trained_context': 64}
+    ours, floats = (build({**contents, 'model': dict(weights)}, device) for device in ('cpu', 'cpu:0'))
+    assert not floats.config.quantized and 'floats again' in capsys.readouterr().err
+    with torch.no_grad():
+        assert error_of(ours(idx), floats(idx)) < 0.03
 
 
 @pytest.mark.parametrize('chip', CHIPS)
@@ -1236,6 +1306,33 @@ def test_muon_steps_as_torchs():
     assert (ours - torch.cat(parts)).abs().max() < 0.1 * 1e-2  # torch runs the products in bfloat16
 
 
+@pytest.mark.parametrize('overflowing', [0, 1, None])
+def test_step_together_is_all_or_none(overflowing):
+    """An infinite gradient in either optimizer's group: no weight moves, and the scale is halved."""
+    weights = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(weights[:1], fused=True), train.Muon([dict(params=weights[1:])], lr=0.1)]
+    scaler = torch.amp.GradScaler('cpu', init_scale=8.0)
+    scaler.scale(sum(w.sum() for w in weights)).backward()
+    if overflowing is not None:
+        weights[overflowing].grad[1, 2] = math.inf
+    for one in optimizers:
+        scaler.unscale_(one)
+    train.step_together(optimizers, scaler, torch.nn.utils.clip_grad_norm_(weights, 1.0))
+    assert [torch.equal(w, torch.ones(4, 4)) for w in weights] == 2 * [overflowing is not None]
+    assert scaler.get_scale() == (8 if overflowing is None else 4)
+    assert all(w.isfinite().all() for w in weights)
+
+
+@pytest.mark.parametrize('name, peak', [
+    ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA L4', 121e12), ('Tesla T4', 65e12),
+    ('NVIDIA L40S', 362e12), ('NVIDIA L40S-24Q', 0), ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 0)])
+def test_peak_flops_knows_exact_names(name, peak, monkeypatch):
+    """A part of a GPU, or one that is not known, has no peak; and float32 has none."""
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    assert train.peak_flops('cuda:0', torch.bfloat16, False) == peak
+    assert train.peak_flops('cuda:0', torch.float32, False) == 0
+
+
 @pytest.mark.parametrize('schedule', ['cosine', 'onecycle', 'linear', 'constant'])
 def test_rate_equals_the_published_formulas(schedule):
     """Reference run D's published rule, scaled to 50 steps; torch's OneCycleLR for run E."""
@@ -1394,6 +1491,15 @@ def test_train_sets_the_gpu_first(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', set_device)
     assert 'Reached' in run('train.py', '--device=cuda:1', cwd=tmp_path).stderr
+
+
+def test_train_sets_what_makes_a_gpu_repeat_itself(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, 'use_deterministic_algorithms', calls.append)
+    monkeypatch.setattr(os, 'environ', dict(os.environ))
+    tiny_run(folder, 'repeating', '--deterministic', '--max_iters=1')
+    assert calls == [True, False]  # False: this file's run()
+    assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8' and os.environ['TORCHINDUCTOR_DETERMINISTIC'] == '1'
 
 
 def test_train_has_the_same_weights_however_it_logs(folder):

@@ -9,6 +9,9 @@ $ python train.py config/finetune.py --init_from=gpt2       # from OpenAI's weig
 $ python train.py config/bench.py                           # tokens/s, MFU and memory, in under a minute
 $ torchrun --nproc_per_node=8 train.py config/shakespeare.py --init_from=auto --batch_size=64  # eight GPUs
 """
+import time
+COMMAND_BEGAN = time.time()  # torch takes seconds to import
+
 import datetime
 import functools
 import math
@@ -16,7 +19,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 
 import numpy as np
 import torch
@@ -87,6 +89,17 @@ def orthogonalize(x, dtype=torch.float32, steps=5):
     return x
 
 
+def step_together(optimizers, scaler, norm):
+    """Step all optimizers, whose gradients are unscaled, or none if their common norm is not finite.
+
+    A GradScaler looks at one optimizer's gradients at a time, while clipping has mixed them all.
+    """
+    if not scaler.is_enabled() or norm.isfinite():
+        for one in optimizers:
+            scaler.step(one)
+    scaler.update()
+
+
 def cosine(start, end, x):
     """From start to end along half a cosine wave, for x from 0 to 1."""
     return end + (start - end) * (1 + math.cos(math.pi * x)) / 2
@@ -138,7 +151,7 @@ class Windows:
         if self.source.is_cuda:
             starts = starts.pin_memory().to(self.device, non_blocking=True)
         ids = self.source[starts + torch.arange(self.T + 1, device=starts.device)]  # (B, T + 1)
-        ids = ids.to(self.device, non_blocking=True).long()
+        ids = ids.long().to(self.device, non_blocking=True)  # in this order: MPS has no uint16
         return ids[:, :-1], ids[:, 1:].contiguous()
 
 
@@ -153,17 +166,20 @@ def agree(loss, signalled, late):
     return sums[0] / dist.get_world_size(), sums[1:]
 
 
-# dense 16-bit tensor FLOP/s from the makers' data sheets
-PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'L40S': 362e12,
-              'L40': 181e12, 'L4': 121e12, 'V100': 125e12, 'T4': 65e12, '4090': 165e12, '3090': 71e12}
+# Dense 16-bit tensor FLOP/s by the name that torch gives, from NVIDIA's data sheets; halves of the sparse
+# figures. GeForce cards: the whitepapers' figures for float32 accumulation.
+PEAK_FLOPS = {
+    'NVIDIA B200': 2250e12, 'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H100 NVL': 835e12,
+    'NVIDIA H100 PCIe': 756e12, 'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA A100-SXM4-40GB': 312e12,
+    'NVIDIA A100 80GB PCIe': 312e12, 'NVIDIA A100-PCIE-40GB': 312e12, 'NVIDIA L40S': 362e12,
+    'NVIDIA L4': 121e12, 'NVIDIA A10G': 70e12, 'Tesla T4': 65e12, 'NVIDIA GeForce RTX 4090': 165e12}
 
 
 def peak_flops(device, dtype, measure):
     """Peak FLOP/s: the data sheet's for 16 bits; else, with `measure`, that of a timed product; else 0."""
     name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != torch.float32 else ''
-    known = [peak for key, peak in PEAK_FLOPS.items() if key in name] or [0]
-    if known[0] or not measure:
-        return known[0]
+    if name in PEAK_FLOPS or not measure:
+        return PEAK_FLOPS.get(name, 0)
     from torch.utils.benchmark import Timer
     a = torch.ones(2 * [4096 if device.startswith('cuda') else 1024], device=device, dtype=dtype)
     timer = Timer('product(a, a)', globals=dict(product=product, a=a), num_threads=torch.get_num_threads())
@@ -347,18 +363,20 @@ if __name__ == '__main__':
     scaler = torch.amp.GradScaler(kind, enabled=compute_dtype == torch.float16)
     rate = functools.partial(rate_at, steps=lr_decay_iters or max_iters, schedule=schedule, beta1=beta1,
                              peak=learning_rate, least=min_lr, warmup=warmup_iters)
-    model = raw_model
+    how = str(compute_dtype).removeprefix('torch.')
     if compile == 'True' or compile == 'auto' and kind == 'cuda':
+        print('compiling, for up to a minute', file=errors)
+        began = time.time()
         try:
-            model = torch.compile(raw_model, dynamic=False)
+            raw_model.compile(dynamic=False)
             with autocast():
-                model(*train.batch(0, rows)).backward()
+                raw_model(*train.batch(0, rows)).backward()
+            how += f', compiled in {time.time() - began:.0f} s'
         except Exception as error:
-            model, reason = raw_model, ' '.join(str(error).split())[:200]
-            print(f'compile failed ({reason}); going on eagerly, which is slower', file=sys.stderr)
-    how = str(compute_dtype).removeprefix('torch.') + (', compiled' if model is not raw_model else '')
-    if ranks > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model)
+            raw_model.compile(disable=True)
+            reason = ' '.join(str(error).split())[:200]
+            print(f'compile failed ({reason}); going on eagerly, which is slower', file=errors)
+    model = torch.nn.parallel.DistributedDataParallel(raw_model) if ranks > 1 else raw_model
 
     # -- the state of the run: all of it but weights and optimizers ------------------------------------------
     # logged_step is -1 for a run that starts from another model, so that step 0 is evaluated
@@ -481,6 +499,9 @@ if __name__ == '__main__':
           f'{T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
     print(f"{out_dir or 'nothing written'}: {start}, from step {state['step']:,} to step {max_iters:,}")
 
+    if kind == 'cuda' and not deterministic:
+        print('a resumed run repeats within rounding; with --deterministic bit for bit, somewhat slower')
+
     # -- the loop --------------------------------------------------------------------------------------------
     began, seconds, first_step = time.time(), state['seconds'], state['step']
     intervals = log_interval, eval_interval, checkpoint_interval, sample_interval
@@ -541,10 +562,7 @@ if __name__ == '__main__':
         for one in optimizers:
             scaler.unscale_(one)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        if not scaler.is_enabled() or norm.isfinite():  # an overflow that one optimizer sees skips both
-            for one in optimizers:
-                scaler.step(one)
-        scaler.update()
+        step_together(optimizers, scaler, norm)
         signalled, over = map(bool, flags)  # of the step before, so that a GPU is not waited for
         loss, flags = agree(loss, bool(caught), 0 < max_minutes < (time.time() - began) / 60)
         pending.append((loss, norm))
@@ -566,7 +584,8 @@ if __name__ == '__main__':
     if not master:
         sys.exit()
     stop, speed = stop or f'{max_minutes} minutes over', state['tokens'] / max(state['seconds'], 1e-9)
-    print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {speed:,.0f} tokens/s")
+    print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {speed:,.0f} tokens/s; "
+          f'{duration(time.time() - COMMAND_BEGAN)} since the command')
     if state['step']:
         passed = ', '.join(f'{float(mark):g}: {step:,}' for mark, step in state['passed'].items()) or 'none'
         print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} "
