@@ -106,10 +106,11 @@ SMALL_MATRIX = 2**19  # weights; below, MKL's float32 product is the fastest, be
 
 def product(x, weight, bias=None):
     """x (…, C) @ weight.T (C, O) + bias (O): F.linear, but with cpu_product() for float32 on a CPU."""
-    float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
-    if not float32 or x.device.type != 'cpu' or torch.is_grad_enabled() and MANY_ROWS != 'onednn':
+    float32 = x.dtype == torch.float32 and x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
+    mkl = torch.jit.is_tracing() or torch.is_grad_enabled() and MANY_ROWS != 'onednn'
+    if mkl or not float32:
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return product_op(x, weight, bias)
     return cpu_product(x, weight, bias)  # the operator would make a decoding step a tenth slower
 
@@ -138,7 +139,7 @@ def logits_product(x, weight):
     """
     kind, autocast = x.device.type, torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-    if kind == 'cuda' and dtype != torch.float32:
+    if kind == 'cuda' and dtype != torch.float32 and not torch.is_grad_enabled():  # it has no gradient
         y = torch.mm(x.flatten(0, -2).to(dtype), weight.to(dtype).t(), out_dtype=torch.float32)
         return y.unflatten(0, x.shape[:-1])
     return product(x, weight) if autocast else product(x.float(), weight.float())
@@ -371,8 +372,8 @@ class Block(nn.Module):
 def loss_of_logits(logits, targets, dtype):
     """Sum of the losses of logits (rows, V) for targets (rows, 1), and its gradient (rows, V)."""
     logp = logits.log_softmax(dim=-1, dtype=torch.float32)
-    loss = -logp.gather(1, targets).sum()
-    return loss, logp.exp_().scatter_(1, targets, -1, reduce='add').to(dtype)
+    chosen = logp.gather(1, targets)
+    return -chosen.sum(), logp.exp_().to(dtype).scatter_(1, targets, chosen.expm1().to(dtype))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -395,7 +396,7 @@ class HeadLoss(torch.autograd.Function):
             loss, grad = HeadLoss.of_logits(logits_product(part, weight), targets[i:i + rows, None], dtype)
             total += loss
             grad_x[i:i + rows] = product(grad, weight.t())
-            grad_table += product(grad.t(), part.t())
+            grad_table += logits_product(grad.t(), part.t())  # float32, or a sum in float16 could overflow
         ctx.save_for_backward(grad_x, grad_table)
         return total / len(x)
 
@@ -432,7 +433,6 @@ class GPT(nn.Module):
 
         Raises ValueError where T exceeds block_size.
         """
-        torch.backends.cuda.enable_cudnn_sdp(True)  # the fastest attention of an H100; see next_logits()
         x = self.hidden(idx)
         if targets is None:
             return self.head(x)
@@ -460,7 +460,8 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, is_learning(self))
         again = self.gradient_checkpointing and is_learning(self)
         for block, kv in zip(self.h, cache or [None] * len(self.h)):
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x, kv, start, mask)
+            run = block if is_learning(self) else block.forward  # not compiled for each length of a text
+            x = checkpoint(run, x, use_reentrant=False) if again else run(x, kv, start, mask)
         return self.ln_f(x)
 
     def head(self, x):
@@ -506,8 +507,11 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def next_logits(self, idx, cache, start=0):
         """Logits (B, V) in float32 after ids (B, T) at positions start…, which are added to the cache."""
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new length for 20 to 40 ms
-        return self.head(self.hidden(idx, cache, start)[:, -1]).float()
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans each new length for 20 to 40 ms
+        logits = self.head(self.hidden(idx, cache, start)[:, -1]).float()
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        return logits
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
                  repetition_penalty=1.0, num_samples=1, seed=1337, context=0, compile='auto'):
@@ -530,6 +534,7 @@ class GPT(nn.Module):
         cache = self.new_cache(len(text), min(window, math.ceil((T + max_new_tokens) / 256) * 256))
         step = fast_step(self, cache, max_new_tokens, compile)
         for i in range(max_new_tokens):
+            uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(device)
             if i == 0:  # each prompt runs once, in the cache's first rows, and is then copied to its texts
                 logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
                 for kv in cache:
@@ -539,7 +544,6 @@ class GPT(nn.Module):
             else:
                 T = max(window // 2, 1)
                 logits = self.next_logits(text[:, -T:], cache)
-            uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators])
             ids = choose(logits, uniform, temperature, top_k, top_p, min_p, repetition_penalty, text)
             text = torch.cat((text, ids[:, None]), dim=1)
             yield ids.cpu()
@@ -605,13 +609,15 @@ def fast_step(model, cache, steps, compile='auto'):
     """A function step(ids (B, 1), cache, position) -> logits (B, V), for `steps` steps with an empty cache.
 
     It is next_logits; or, with compile 'True' and with 'auto' from 64 steps on, the same operations without
-    Python between them: a CUDA graph, or a trace on a CPU (0.3 s for GPT-2 small). If that fails, it prints
-    why and returns next_logits.
+    Python between them: a CUDA graph, or a trace on a CPU (0.3 s for GPT-2 small in int8). Large float
+    matrices are not traced: TorchScript cannot record oneDNN's product. If it fails, it prints why.
     """
-    if compile == 'False' or compile == 'auto' and steps < 64:
+    kind, c = cache[0].device.type, model.config
+    large = kind == 'cpu' and not c.quantized and 4 * c.n_embd**2 >= SMALL_MATRIX
+    if compile == 'False' or large or kind == 'mps' or compile == 'auto' and steps < 64:
         return model.next_logits
     try:
-        return (capture if cache[0].is_cuda else trace)(model, cache)
+        return (capture if kind == 'cuda' else trace)(model, cache)
     except Exception as error:
         reason = ' '.join(str(error).split())[:200]
         print(f'compile failed ({reason}); going on eagerly', file=sys.stderr)
@@ -635,7 +641,7 @@ def trace(model, cache):
     return step
 
 
-CAPTURING, POOLS = threading.Lock(), {}  # one capture at a time in a process; a memory pool for each GPU
+CAPTURING = threading.Lock()  # one capture at a time in a process
 
 
 def capture(model, cache):
@@ -643,11 +649,11 @@ def capture(model, cache):
     device = cache[0].device
     ids = torch.zeros(cache[0].size(1), 1, dtype=torch.long, device=device)
     start = torch.zeros(1, dtype=torch.long, device=device)
-    with CAPTURING, torch.cuda.device(device):
+    # the stream that is set here comes back when a capture fails; each graph has memory of its own
+    with CAPTURING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         model.next_logits(ids, cache, start)  # loads the kernels, which a capture must not
-        POOLS[device] = POOLS.get(device) or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, POOLS[device], capture_error_mode='thread_local'):
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
             logits = model.next_logits(ids, cache, start)
 
     def step(new, cache, position):
@@ -721,7 +727,8 @@ def pick_device(name='auto'):
 
     Under torchrun, a CUDA device without an index is LOCAL_RANK's. Raises ValueError for one that is absent.
     """
-    names = [f'cuda:{i}' for i in range(torch.cuda.device_count())]  # which opens no context on any GPU
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # neither opens a context on a GPU
+    names = [f'cuda:{i}' for i in range(gpus)]
     names += ['mps'] * torch.backends.mps.is_available() + ['cpu']
     name = names[0].removesuffix(':0') if name == 'auto' else name
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name

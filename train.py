@@ -151,7 +151,7 @@ class Windows:
         if self.source.is_cuda:
             starts = starts.pin_memory().to(self.device, non_blocking=True)
         ids = self.source[starts + torch.arange(self.T + 1, device=starts.device)]  # (B, T + 1)
-        ids = ids.long().to(self.device, non_blocking=True)  # in this order: MPS has no uint16
+        ids = ids.long().to(self.device)  # in this order: MPS has no uint16
         return ids[:, :-1], ids[:, 1:].contiguous()
 
 
@@ -316,7 +316,8 @@ if __name__ == '__main__':
     if ranks > 1:  # torchrun keeps its store over a restart: the prefix hides the last attempt's addresses
         store = next(dist.rendezvous('env://', rank, ranks))[0]
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-        dist.init_process_group('gloo' if kind == 'cpu' else 'nccl', store=store, rank=rank, world_size=ranks)
+        backend, gpu = ('nccl', torch.device(chip)) if kind == 'cuda' else ('gloo', None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=gpu)
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
         alphabet = about['tokenizer'].get('characters', '') if parent else ''
         prepare(input, dataset, tokenizer, val_fraction, characters=alphabet)
@@ -357,7 +358,7 @@ if __name__ == '__main__':
         raw_model.trained_context = max(T, (checkpoint or about)['trained_context'])
     groups = raw_model.param_groups(weight_decay)
     optimizers = [torch.optim.AdamW(groups[1:] if optimizer == 'muon' else groups, lr=learning_rate,
-                                    betas=(beta1, beta2), fused=kind in ('cuda', 'cpu'))]
+                                    betas=(beta1, beta2), fused=True)]
     if optimizer == 'muon':
         optimizers.append(Muon(groups[:1], lr=learning_rate, dtype=compute_dtype))
     scaler = torch.amp.GradScaler(kind, enabled=compute_dtype == torch.float16)
@@ -563,7 +564,8 @@ if __name__ == '__main__':
             scaler.unscale_(one)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         step_together(optimizers, scaler, norm)
-        signalled, over = map(bool, flags)  # of the step before, so that a GPU is not waited for
+        if kind == 'cpu' or ranks == 1 or step % 10 == 0:  # reading them waits for a GPU
+            signalled, over = map(bool, flags)  # of the step before
         loss, flags = agree(loss, bool(caught), 0 < max_minutes < (time.time() - began) / 60)
         pending.append((loss, norm))
         state['step'] += 1
