@@ -1493,6 +1493,7 @@ def test_train_sets_the_gpu_first(tmp_path, monkeypatch):
     def set_device(name):
         assert torch.cuda._utils._get_device_index(name) == 1
         raise Reached
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', set_device)
     assert 'Reached' in run('train.py', '--device=cuda:1', cwd=tmp_path).stderr
@@ -1578,16 +1579,13 @@ def test_train_resumed_equals_the_whole_run(folder, optimizer):
 
 
 def test_train_killed_resumes_to_the_bit(folder):
-    """SIGKILL, SIGTERM and SIGINT at any moment, against a run that was never stopped."""
-    args = ['--max_iters=500', '--dropout=0.1', '--eval_interval=100', '--checkpoint_interval=20']
+    """Beside a run that was never stopped; for the other signals see test_train_saves_at_a_signal."""
+    args = ['--max_iters=300', '--dropout=0.1', '--eval_interval=100', '--checkpoint_interval=20']
     tiny_run(folder, 'whole', *args)
-    for step, number, expected in ((50, signal.SIGKILL, -9), (100, signal.SIGTERM, 143),
-                                   (150, signal.SIGINT, 130)):
-        process = spawn('train.py', *TINY_RUN, *args, '--out_dir=out/cut', '--init_from=auto', cwd=folder)
-        wait_for_step(process, step)
-        process.send_signal(number)
-        status, _, error = ended(process)
-        assert status == expected and (status < 0 or '--init_from=resume' in error), error
+    process = spawn('train.py', *TINY_RUN, *args, '--out_dir=out/cut', '--init_from=auto', cwd=folder)
+    wait_for_step(process, 50)
+    process.kill()
+    assert ended(process)[0] == -signal.SIGKILL
     done(run('train.py', '--out_dir=out/cut', '--init_from=resume', cwd=folder))
     same_run(folder / 'out/whole', folder / 'out/cut')
 
@@ -1687,8 +1685,7 @@ def test_train_from_another_model_keeps_its_characters_and_goes_on(folder):
     assert not (folder / 'data/refused').exists()
 
 
-@pytest.mark.parametrize('repository', ['gpt2', 'someone/their-gpt2'])
-def test_train_from_a_hub_id_in_the_cache(folder, tmp_path, monkeypatch, repository):
+def test_train_from_a_hub_id_in_the_cache(folder, tmp_path, monkeypatch, repository='gpt2'):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
@@ -1721,8 +1718,7 @@ def test_train_takes_nanogpts_bins(folder):
 
 @pytest.mark.parametrize('ranks, share', [
     (4, '--batch_size=8'),
-    (2, '--batch_size=2 --gradient_accumulation_steps=4'),
-    (2, '--batch_size=4 --n_layer=3 --optimizer=muon')], ids=['batch', 'accumulation', 'muon'])
+    (2, '--batch_size=2 --gradient_accumulation_steps=4 --n_layer=3 --optimizer=muon')], ids=['batch', 'muon'])
 def test_ranks_see_what_one_process_sees(folder, ranks, share):
     args = [*TINY_RUN, '--log_interval=1', '--max_iters=10', '--overwrite', *share.split()]
     done(run('train.py', *args, '--out_dir=out/one_rank', cwd=folder))
@@ -1745,16 +1741,16 @@ def test_ranks_end_together_and_go_on(folder, number):
     """SIGTERM to one stops all, saved; after SIGKILL torchrun starts all again, and the run goes on."""
     out, killed = f'out/end_{int(number)}', number == signal.SIGKILL
     process = torchrun(2, *TINY_RUN, '--init_from=auto', f'--out_dir={out}', '--checkpoint_interval=20',
-                       '--log_interval=20', '--eval_interval=0', f'--max_iters={500 if killed else 10**6}',
+                       '--log_interval=20', '--eval_interval=0', f'--max_iters={200 if killed else 10**6}',
                        cwd=folder, restarts=int(killed))
-    wait_for_step(process, 100)
+    wait_for_step(process, 40)
     with open(f'/proc/{process.pid}/task/{process.pid}/children', encoding='utf-8') as f:
         os.kill(int(f.read().split()[1]), number)  # rank 1
     status, _, error = ended(process)
     checkpoint = read(folder / out / 'ckpt.pt')
     if killed:
-        assert status == 0 and checkpoint['step'] == 500, error
-        assert [int(row['step']) for row in log_of(folder / out)] == list(range(20, 501, 20))
+        assert status == 0 and checkpoint['step'] == 200, error
+        assert [int(row['step']) for row in log_of(folder / out)] == list(range(20, 201, 20))
     else:
         assert status != 0 and error.count('SIGTERM at step') == 1 and 'exitcode: 143' in error, error
 
@@ -1907,16 +1903,14 @@ def test_quantize_writes_nothing_where_too_much_is_lost(folder):
 
 
 @pytest.mark.parametrize('shape, dtype', [
-    (WIDE, 'float32'),
     (WIDE, 'bfloat16'),
-    (dict(WIDE, bias=False), 'float32'),
-    (dict(SMALL, vocab_size=65), 'float32')], ids=['gpt2', 'bfloat16', 'no bias', 'char'])
+    (dict(SMALL, vocab_size=65, bias=False), 'float32')], ids=['gpt2, bfloat16', 'char, no bias'])
 def test_quantize_to_hugging_face_and_back(tmp_path, shape, dtype):
     transformers = pytest.importorskip('transformers', reason='pip install transformers')
     torch.manual_seed(4)
     gpt = GPT(GPTConfig(**shape)).eval()
     for p in gpt.parameters():
-        p.data += 0.1 * torch.randn_like(p)
+        p.data += 0.3 * torch.randn_like(p)  # logits far enough apart that the last bits do not decide
     V, gpt.trained_context = gpt.config.vocab_size, 48
     tokenizer = GPT2Tokenizer() if V == 50257 else CharTokenizer(map(chr, range(10, 75)))
     save_gpt(tmp_path / 'model.pt', gpt, tokenizer.meta, 7, losses={'train': 2.0}, dataset='none',
