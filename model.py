@@ -605,6 +605,9 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return logits, ids
 
 
+CAPTURING = threading.Lock()  # captures and traces are made one at a time in a process
+
+
 def fast_step(model, cache, steps, compile='auto'):
     """A function step(ids (B, 1), cache, position) -> logits (B, V), for `steps` steps with an empty cache.
 
@@ -617,7 +620,8 @@ def fast_step(model, cache, steps, compile='auto'):
     if compile == 'False' or large or kind == 'mps' or compile == 'auto' and steps < 64:
         return model.next_logits
     try:
-        return (capture if kind == 'cuda' else trace)(model, cache)
+        with CAPTURING:
+            return (capture if kind == 'cuda' else trace)(model, cache)
     except Exception as error:
         reason = ' '.join(str(error).split())[:200]
         print(f'compile failed ({reason}); going on eagerly', file=sys.stderr)
@@ -641,16 +645,13 @@ def trace(model, cache):
     return step
 
 
-CAPTURING = threading.Lock()  # one capture at a time in a process
-
-
 def capture(model, cache):
     """next_logits on a GPU for this cache, as a CUDA graph, whose shapes and addresses are fixed."""
     device = cache[0].device
     ids = torch.zeros(cache[0].size(1), 1, dtype=torch.long, device=device)
     start = torch.zeros(1, dtype=torch.long, device=device)
     # the stream that is set here comes back when a capture fails; each graph has memory of its own
-    with CAPTURING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         model.next_logits(ids, cache, start)  # loads the kernels, which a capture must not
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode='thread_local'):
