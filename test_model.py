@@ -64,7 +64,7 @@ def kept(owner, *names):
 
 def run(script, *args, cwd, stdin=''):
     """Run a script inside this process, which saves importing torch; returncode, stdout and stderr."""
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE
     handlers, before, status = {number: signal.getsignal(number) for number in signals}, os.getcwd(), 0
     streams = [io.TextIOWrapper(io.BytesIO(text.encode()), encoding='utf-8', newline='')
                for text in (stdin, '', '')]
@@ -1236,6 +1236,9 @@ def test_configure_applies_in_order(monkeypatch, tmp_path):
     ('--batch_size=0', 'at least 1'),
     ('--lr=-1', 'at least 0'),
     ('--lr=nan', 'at least 0'),
+    (f'--lr={10**400}', 'lr at most 9223372036854775807'),
+    ('--lr=inf', 'at most'),
+    ('--name=a\0b', 'UTF-8 NUL'),
     ('nope.py', 'nope.py no such config file')])
 def test_configure_refuses_wrong_settings(monkeypatch, capsys, args, words):
     with pytest.raises(SystemExit) as leaving:
@@ -1254,6 +1257,7 @@ def test_configure_refuses_wrong_settings(monkeypatch, capsys, args, words):
     ('name = 3', 'str'),
     ('name = True', 'str'),
     ('a b', 'line 1 SyntaxError'),
+    ('raise KeyboardInterrupt', 'line 1 KeyboardInterrupt'),
     ('\nlr = nope', 'line 2 nope')])
 def test_configure_refuses_wrong_files(monkeypatch, capsys, tmp_path, source, words):
     (tmp_path / 'c.py').write_text(source)
@@ -1599,10 +1603,10 @@ PHASES = {  # when a signal comes: in which call of what, and what the run says
     'in the final evaluation': (model, 'recited', 1, '')}
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM], ids=['SIGINT', 'SIGTERM'])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=['INT', 'TERM', 'HUP'])
 @pytest.mark.parametrize('phase', PHASES)
 def test_train_saves_at_a_signal(folder, phase, number, monkeypatch):
-    """The run ends with 130 or 143, and goes on to the bit."""
+    """The run ends with 130, 143 or 129, and goes on to the bit."""
     owner, name, call, words = PHASES[phase]
     real, calls = getattr(owner, name), []
 

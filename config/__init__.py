@@ -34,7 +34,8 @@ def configure(namespace, limits=None, memory_advice='lower the sizes asked for')
     if namespace.get('__name__') == '__main__':
         sys.excepthook = functools.partial(report, memory_advice=memory_advice)
         on_signals(end)
-        sys.stderr = sys.stderr or open(os.devnull, 'w', encoding='utf-8')  # None if the shell closed it
+        sys.stdin = sys.stdin or open(os.devnull, encoding='utf-8')  # None if the shell closed it
+        sys.stderr = sys.stderr or open(os.devnull, 'w', encoding='utf-8')
         for stream in filter(None, (sys.stdin, sys.stdout)):
             stream.reconfigure(encoding='utf-8', errors='surrogateescape')  # takes any bytes, in any locale
     settings = {key: value for key, value in namespace.items()
@@ -96,7 +97,7 @@ def run_file(path, settings):
     try:
         with open(found, encoding='utf-8') as f:
             exec(compile(f.read(), found, 'exec'), scope)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # a file may raise KeyboardInterrupt too
         lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == found]
         line = getattr(error, 'lineno', None) or (lines[-1] if lines else None)
         fail(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", 2)
@@ -114,6 +115,8 @@ def checked(key, value, defaults, source):
         value = kind(value)
     if type(value) is not kind:
         fail(f'{source}: {key} must be of type {kind.__name__}, not {value!r}', 2)
+    if kind is str and ('\0' in value or value.encode('utf-8', 'ignore').decode() != value):
+        fail(f'{source}: {key} must be UTF-8 text without a NUL, not {value!r}', 2)
     return value
 
 
@@ -129,8 +132,8 @@ def check_limit(key, value, limit):
             fail(f"--{key}={value}: choose one of {', '.join(limit)}", 2)
     elif not value >= limit[0]:  # not `<`, which would accept nan
         fail(f'--{key}={value}: must be at least {limit[0]}', 2)
-    elif len(limit) > 1 and value > limit[1]:
-        fail(f'--{key}={value}: must be at most {limit[1]}', 2)
+    elif value > (*limit, 2**63 - 1)[1]:  # the most that torch and numpy can hold
+        fail(f'--{key}={value}: must be at most {(*limit, 2**63 - 1)[1]}', 2)
 
 
 def print_help(namespace, settings):
@@ -147,13 +150,16 @@ def print_help(namespace, settings):
 
 
 def on_signals(action):
-    """Set what Ctrl-C and SIGTERM do: `action` is a function of (number, frame), or signal.SIG_DFL."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Set what Ctrl-C, SIGTERM and a closed terminal do: a function of (number, frame), or signal.SIG_DFL."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, action)
 
 
 def end(number, frame):
-    """A signal handler that ends the process at once: status 130 for Ctrl-C, 143 for SIGTERM."""
+    """A signal handler that ends the process at once: status 128 + its number, as shells count."""
     on_signals(signal.SIG_DFL)  # a second signal must not raise while Python leaves
     sys.exit(128 + number)
 
