@@ -1603,10 +1603,10 @@ PHASES = {  # when a signal comes: in which call of what, and what the run says
     'in the final evaluation': (model, 'recited', 1, '')}
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=['INT', 'TERM', 'HUP'])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP], ids=['SIGINT', 'SIGHUP'])
 @pytest.mark.parametrize('phase', PHASES)
 def test_train_saves_at_a_signal(folder, phase, number, monkeypatch):
-    """The run ends with 130, 143 or 129, and goes on to the bit."""
+    """The run ends with 130 or 129, and goes on to the bit; for SIGTERM see the ranks."""
     owner, name, call, words = PHASES[phase]
     real, calls = getattr(owner, name), []
 
