@@ -69,6 +69,7 @@ def run(script, *args, cwd, stdin=''):
     streams = [io.TextIOWrapper(io.BytesIO(text.encode()), encoding='utf-8', newline='')
                for text in (stdin, '', '')]
     with kept(sys, 'argv', 'stdin', 'stdout', 'stderr', 'excepthook'):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have set it to be ignored
         os.chdir(cwd)
         sys.argv, (sys.stdin, sys.stdout, sys.stderr) = [script, *map(str, args)], streams
         try:
