@@ -4,7 +4,7 @@ GPT-2: the network, its KV cache, generation, loading and saving.
     model, meta = load('out')                                    # a model file, a folder, or a Hub id
     for ids in model.generate(torch.tensor([[50256]]), 20): ...  # one id a text a step
 
-This file can be copied into another project alone; importing it registers two torch operators and reads
+This file can be copied into another project alone; importing it registers a torch operator and reads
 FOLIO_KERNELS. The network and its names are OpenAI's, https://github.com/openai/gpt-2, src/model.py.
 Shapes in comments: B batch, T time, C channels (n_embd), nh heads, hs head size, V vocabulary, S cached
 positions, O outputs of a layer.
@@ -379,7 +379,7 @@ def loss_of_logits(logits, targets, dtype):
 class HeadLoss(torch.autograd.Function):
     """cross_entropy(x @ table.T, targets) for x (N, C) and table (V, C), and its gradients in the same pass.
 
-    The logits exist once, for a few hundred rows at a time, as in Liger (https://arxiv.org/abs/2410.10989).
+    The logits exist once, for a part of the rows at a time, as in Liger (https://arxiv.org/abs/2410.10989).
     For GPT-2 small at 32 x 128 on a CPU that saves 3 GB, and 6% of a float32 step.
     """
     of_logits = staticmethod(loss_of_logits)  # or the same compiled, see GPT.compile()
@@ -396,7 +396,7 @@ class HeadLoss(torch.autograd.Function):
             loss, grad = HeadLoss.of_logits(logits_product(part, weight), targets[i:i + rows, None], dtype)
             total += loss
             grad_x[i:i + rows] = product(grad, weight.t())
-            grad_table += logits_product(grad.t(), part.t())  # float32, or a sum in float16 could overflow
+            grad_table += logits_product(grad.t(), part.t())  # on a GPU float32: float16 could overflow
         ctx.save_for_backward(grad_x, grad_table)
         return total / len(x)
 
@@ -448,7 +448,7 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, start=0):
         """The last layer's states (B, T, C). With a cache, idx are ids at positions start… of its texts.
 
-        start is an int, or a tensor (1,) for static shapes, with T = 1.
+        With T = 1, start may be a tensor: () in a trace, (1,) for static shapes.
         """
         T, mask = idx.size(1), None
         if T > self.config.block_size:
@@ -509,9 +509,10 @@ class GPT(nn.Module):
         """Logits (B, V) in float32 after ids (B, T) at positions start…, which are added to the cache."""
         cudnn = torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans each new length for 20 to 40 ms
-        logits = self.head(self.hidden(idx, cache, start)[:, -1]).float()
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        return logits
+        try:
+            return self.head(self.hidden(idx, cache, start)[:, -1]).float()
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
                  repetition_penalty=1.0, num_samples=1, seed=1337, context=0, compile='auto'):
@@ -530,8 +531,7 @@ class GPT(nn.Module):
         idx, prompt_of = idx.to(device), torch.arange(len(idx), device=device).repeat_interleave(num_samples)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompt_of))]
         text = idx[prompt_of]  # (B, T)
-        # a multiple of 256 positions, so that one compiled step serves most lengths
-        cache = self.new_cache(len(text), min(window, math.ceil((T + max_new_tokens) / 256) * 256))
+        cache = self.new_cache(len(text), min(window, T + max_new_tokens))
         step = fast_step(self, cache, max_new_tokens, compile)
         for i in range(max_new_tokens):
             uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(device)
@@ -605,13 +605,13 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return logits, ids
 
 
-CAPTURING = threading.Lock()  # captures and traces are made one at a time in a process
+CAPTURING = threading.Lock()  # captures, traces and empty models are made one at a time in a process
 
 
 def fast_step(model, cache, steps, compile='auto'):
     """A function step(ids (B, 1), cache, position) -> logits (B, V), for `steps` steps with an empty cache.
 
-    It is next_logits; or, with compile 'True' and with 'auto' from 64 steps on, the same operations without
+    It is next_logits; or, with compile 'True' and with 'auto' from 64 steps on, the same step without
     Python between them: a CUDA graph, or a trace on a CPU (0.3 s for GPT-2 small in int8). Large float
     matrices are not traced: TorchScript cannot record oneDNN's product. If it fails, it prints why.
     """
@@ -635,7 +635,7 @@ def trace(model, cache):
     """next_logits on a CPU, for as many texts as the cache has; traced once for each such number."""
     texts, traces = cache[0].size(1), TRACES.setdefault(model, {})
     if texts not in traces:
-        example = torch.zeros(texts, 1, dtype=torch.long), cache, torch.tensor(1)
+        example = torch.zeros(texts, 1, dtype=torch.long), cache, torch.tensor(cache[0].size(3) - 1)
         with warnings.catch_warnings(action='ignore'):  # of sizes that become constants, of TorchScript's age
             traces[texts] = torch.jit.trace_module(model, {'next_logits': example}, check_trace=False)
 
@@ -894,7 +894,7 @@ def build(contents, device='cpu'):
     """
     config, weights = GPTConfig(**contents['config']), contents.pop('model')
     # normal_ would import torch's compiler, 2 s and 100 MB, only to fill tensors without memory
-    with torch.device('meta'), mock.patch.object(nn.init, 'normal_'):
+    with CAPTURING, torch.device('meta'), mock.patch.object(nn.init, 'normal_'):
         model = GPT(config)
     padding = config.padded_vocab_size - len(weights['wte.weight'])
     if padding > 0:

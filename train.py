@@ -351,7 +351,7 @@ if __name__ == '__main__':
         os.environ.update(CUBLAS_WORKSPACE_CONFIG=':4096:8', TORCHINDUCTOR_DETERMINISTIC='1')
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
-    raw_model = GPT(config).to(chip)  # the one to save: a compiled model prefixes its names with _orig_mod.
+    raw_model = GPT(config).to(chip)  # the one to save: DistributedDataParallel prefixes its names
     raw_model.trained_context, raw_model.gradient_checkpointing = T, gradient_checkpointing
     if checkpoint or parent:
         raw_model.load_state_dict(checkpoint['model'] if checkpoint else parent.state_dict())
@@ -400,7 +400,7 @@ if __name__ == '__main__':
             os.truncate(files['log.csv'], min(state['log_bytes'], os.path.getsize(files['log.csv'])))
 
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
-    # one process leaves as soon as a signal is caught; several ranks agree to, once a step
+    # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
     caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; what agree() returned
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
