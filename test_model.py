@@ -848,6 +848,14 @@ def test_trace_writes_what_single_calls_write(chip, kind, monkeypatch):
     assert not kind or set(model.TRACES[gpt]) == {1, 3}  # large float matrices are not traced
 
 
+def test_trace_serves_every_window(gpt):
+    """The smallest first: its cache of one position must not become a constant."""
+    for context in (1, 2, 30):
+        traced, plain = (ids_of(gpt.generate(torch.tensor([[5, 6]]), 20, context=context, compile=compile))
+                         for compile in ('True', 'False'))
+        assert torch.equal(traced, plain)
+
+
 def test_trace_that_fails_leaves_single_calls(gpt, monkeypatch, capsys):
     monkeypatch.setattr(torch.jit, 'trace_module', lambda *args, **options: 1 / 0)
     assert ids_of(gpt.generate(torch.tensor([[5]]), 5, compile='True')).shape == (1, 5)
