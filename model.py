@@ -173,8 +173,9 @@ class Linear(nn.Linear):
 class Int8Linear(nn.Module):
     """A linear layer or a token table with int8 weights (O, C) and a scale for each row: w = weight * scale.
 
-    Each row of x is made int8 by its largest value and multiplied in integers, so that a text does not depend
-    on the others in its batch. Call pack() once the weights are there, and use what it returns.
+    Each row of x is made int8 by its largest value (7 bits for FBGEMM) and multiplied in integers, so that a
+    text does not depend on the others in its batch. Small matrices are floats, which is faster. Call pack()
+    once the weights are there, and use what it returns.
     """
     def __init__(self, C, O, bias=True):
         super().__init__()
@@ -439,7 +440,7 @@ class GPT(nn.Module):
         x, targets = x.flatten(0, 1), targets.flatten()
         if is_learning(self) and not torch.compiler.is_compiling():
             return HeadLoss.apply(x, self.wte.weight, targets)
-        if is_learning(self):
+        if is_learning(self):  # for a user who compiles the whole model
             return F.cross_entropy(F.linear(x, self.wte.weight), targets)
         rows = max(2**25 // self.config.vocab_size, 1)  # the logits of all rows at once would take gigabytes
         parts = zip(x.split(rows), targets.split(rows))
@@ -612,8 +613,8 @@ def fast_step(model, cache, steps, compile='auto'):
     """A function step(ids (B, 1), cache, position) -> logits (B, V), for `steps` steps with an empty cache.
 
     It is next_logits; or, with compile 'True' and with 'auto' from 64 steps on, the same step without
-    Python between them: a CUDA graph, or a trace on a CPU (0.3 s for GPT-2 small in int8). Large float
-    matrices are not traced: TorchScript cannot record oneDNN's product. If it fails, it prints why.
+    Python between its operators: a CUDA graph, or a trace on a CPU (made in 0.3 s for GPT-2 small in int8).
+    Large float matrices are not traced: TorchScript cannot record oneDNN's product. A failure is printed.
     """
     kind, c = cache[0].device.type, model.config
     large = kind == 'cpu' and not c.quantized and 4 * c.n_embd**2 >= SMALL_MATRIX
@@ -636,8 +637,8 @@ def trace(model, cache):
     texts, traces = cache[0].size(1), TRACES.setdefault(model, {})
     if texts not in traces:
         example = torch.zeros(texts, 1, dtype=torch.long), cache, torch.tensor(cache[0].size(3) - 1)
-        with warnings.catch_warnings(action='ignore'):  # of sizes that become constants, of TorchScript's age
-            traces[texts] = torch.jit.trace_module(model, {'next_logits': example}, check_trace=False)
+        warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)  # sizes that become constants
+        traces[texts] = torch.jit.trace_module(model, {'next_logits': example}, check_trace=False)
 
     @torch.inference_mode()
     def step(ids, cache, position):

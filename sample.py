@@ -77,15 +77,16 @@ tokenizer, window = get_tokenizer(meta['tokenizer']), context or model.trained_c
 if context > model.config.block_size:
     fail(f'--context={context}: the model has {model.config.block_size} positions', 2)
 from_file = start == '-' or start.startswith('FILE:')
-if start or not interactive:
-    write(''.join(read_text(0 if start == '-' else start[5:])) if from_file else start)
+text = ''.join(read_text(0 if start == '-' else start[5:])) if from_file else start
 if not interactive:
+    write(text)
     sys.exit()
+prompts = [text] if text else []  # before the user's own
 print('Type a prompt and Enter. Ctrl-C stops a text; at the prompt Ctrl-D or Ctrl-C leaves.', file=sys.stderr)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt
 while True:
     try:
-        prompt = ask()
+        prompt = prompts.pop() if prompts else ask()
     except (EOFError, KeyboardInterrupt) as leaving:
         sys.exit(130 if isinstance(leaving, KeyboardInterrupt) else 0)
     try:

@@ -167,7 +167,7 @@ def agree(loss, signalled, late):
 
 
 # Dense 16-bit tensor FLOP/s by the name that torch gives, from NVIDIA's data sheets; halves of the sparse
-# figures. GeForce cards: the whitepapers' figures for float32 accumulation.
+# figures. The GeForce card: the whitepaper's figure for float32 accumulation.
 PEAK_FLOPS = {
     'NVIDIA B200': 2250e12, 'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H100 NVL': 835e12,
     'NVIDIA H100 PCIe': 756e12, 'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA A100-SXM4-40GB': 312e12,
@@ -499,7 +499,6 @@ if __name__ == '__main__':
     print(f'data/{dataset}: {len(train_tokens):,} training tokens; validation: {held_out}; {batch_size} x '
           f'{T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
     print(f"{out_dir or 'nothing written'}: {start}, from step {state['step']:,} to step {max_iters:,}")
-
     if kind == 'cuda' and not deterministic:
         print('a resumed run repeats within rounding; with --deterministic bit for bit, somewhat slower')
 
@@ -531,7 +530,7 @@ if __name__ == '__main__':
             state.update(loss_sum=0.0, logged_step=step)
             last_time, last_tokens = now, state['tokens']
         elif kind == 'cpu' and step == first_step + 3 and now - began > 10:
-            print(f'at this rate {left} on this CPU; config/quickstart.py takes a minute', flush=True)
+            print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
         if sampling and step > first_step:
