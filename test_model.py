@@ -1302,16 +1302,21 @@ def test_merge_takes_what_was_not_given(monkeypatch, capsys):
 # -- train.py: its parts -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('shape', [(3, 24, 24), (2, 96, 24), (1, 24, 96)], ids=str)
-def test_orthogonalize_brings_singular_values_near_1(shape):
+def test_orthogonalize_brings_most_singular_values_near_1(shape):
     torch.manual_seed(1)
-    values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape)))
-    assert values.min() > 0.3 and values.max() < 1.3
+    x = torch.randn(shape)
+    u, _, vt = torch.linalg.svd(x, full_matrices=False)
+    y = train.orthogonalize(x)
+    values = torch.linalg.svdvals(y)
+    assert values.quantile(0.25) > 0.3 and values.max() < 1.9
+    assert torch.cosine_similarity((u @ vt).flatten(1), y.flatten(1)).min() > 0.8  # in the same directions
 
 
-def test_muon_steps_as_torchs():
-    """q, k and v apart."""
+def test_muon_steps_as_torchs(monkeypatch):
+    """With torch's polynomials; q, k and v apart."""
     if not hasattr(torch.optim, 'Muon'):
         pytest.skip('this torch has no torch.optim.Muon')
+    monkeypatch.setattr(train, 'POLYNOMIALS', 5 * [(3.4445, -4.7750, 2.0315)])
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(96, 32))
     parts = [torch.nn.Parameter(part.clone()) for part in ours.data.chunk(3)]

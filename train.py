@@ -77,15 +77,19 @@ def orthogonalize_in_ranks(x, dtype):
     return whole[:len(x)]
 
 
-def orthogonalize(x, dtype=torch.float32, steps=5):
-    """Matrices (n, rows, columns) with singular values near 1, by Muon's quintic Newton-Schulz iteration."""
+# Polar Express (https://arxiv.org/abs/2505.16932): with these, three products of degree 5 train as well as the
+# five that Muon came with, in three quarters of a small model's step
+POLYNOMIALS = ((8.287212, -23.595887, 17.300387), (4.107059, -2.947850, 0.544843), (3.948691, -2.908902, 0.551819))
+
+
+def orthogonalize(x, dtype=torch.float32):
+    """Matrices (n, rows, columns) with the singular values of x brought near 1, by odd polynomials of it."""
     if x.size(1) > x.size(2):
-        return orthogonalize(x.transpose(1, 2), dtype, steps).transpose(1, 2)
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-30)).to(dtype)  # it converges for singular values under 1
-    for _ in range(steps):
+        return orthogonalize(x.transpose(1, 2), dtype).transpose(1, 2)
+    x = (x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-30)).to(dtype)  # all singular values under 1
+    for a, b, c in POLYNOMIALS:
         gram = x @ x.transpose(1, 2)
-        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, poly, x, beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
