@@ -14,7 +14,7 @@ schedule = 'linear'   # to 0 soon after the threshold
 min_lr = 0.0
 warmup_iters = 20
 weight_decay = 0.0
-max_iters = 880  # 12 epochs
+max_iters = 640  # 8.8 epochs, 2.6 million tokens
 loss_threshold = 0.099999
 
 eval_interval = 100
