@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from config import configure, fail, given
-from model import GPTConfig, device_name, download, find, keep_freed_memory, load, pick_device, read
-from prepare import TextStream, get_tokenizer, stream_texts
+from model import (GPTConfig, Index, device_name, download, find, keep_freed_memory, load, pick_device,
+                   read)
+from prepare import TextStream, get_tokenizer, load_data_of, stream_texts
 
 checkpoint = ''      # a model file, a folder of them or a Hub id; empty = $FOLIO_CHECKPOINT, else out
 host = ''            # address to listen at; empty = Gradio's own: $GRADIO_SERVER_NAME, else 127.0.0.1
@@ -83,7 +84,7 @@ def model_files():
 
 
 def get_model(path):
-    """(model, meta, tokenizer) of one of model_files(), '' for the first. Raises ValueError for any other."""
+    """What loaded() gives for one of model_files(), '' for the first. Raises ValueError for any other."""
     paths = model_files()
     path = path or (paths or [None])[0]
     if path not in paths:
@@ -93,8 +94,10 @@ def get_model(path):
 
 @functools.lru_cache(maxsize=3)
 def loaded(path, changed):
+    """(model, tokenizer, Index of the training text, or None if that is not here)."""
     model, meta = load(path, chip)
-    return model, meta, get_tokenizer(meta['tokenizer'])
+    train, _ = load_data_of(meta)
+    return model, get_tokenizer(meta['tokenizer']), None if train is None else Index(train)
 
 
 @functools.lru_cache(maxsize=32)
@@ -113,26 +116,11 @@ def description(path, changed):
 
 # -- memory or invention -------------------------------------------------------------------------------------
 
-def grams(ids, n):
-    """A hash of each n ids in a row, uint64 (len(ids) - n + 1,): a polynomial in the ids that overflows."""
-    factors = np.cumprod(np.full(n, 6364136223846793005, dtype=np.uint64))
-    return np.convolve(np.asarray(ids, dtype=np.uint64), factors, 'valid')
-
-
-@functools.lru_cache(maxsize=2)
-def training_grams(path, changed, n):
-    return np.sort(grams(np.fromfile(path, dtype='<u2'), n))
-
-
-def recited(ids, meta, n):
-    """Bools: which ids are part of n in a row that the training data holds too. None without that data."""
-    path, found = f"data/{meta.get('dataset')}/train.bin", np.zeros(len(ids), dtype=bool)
-    if not os.path.exists(path) or not 2 * n <= os.path.getsize(path) <= 2**29:  # hashes take four times that
-        return None
-    if len(ids) >= n:
-        own, known = grams(ids, n), training_grams(path, os.path.getmtime(path), n)
-        for i in np.flatnonzero(np.searchsorted(known, own, 'left') < np.searchsorted(known, own, 'right')):
-            found[i:i + n] = True
+def recited(ids, index, n):
+    """Bools: which ids are part of n in a row that the training text, an Index, holds too."""
+    found = np.zeros(len(ids), dtype=bool)
+    for i in range(len(ids) - n + 1):
+        found[i:i + n] |= index.holds(ids[i:i + n])
     return found
 
 
@@ -168,11 +156,12 @@ def write(path, prompt, seed, *numbers):
         raise ValueError(f'The prompt has {len(prompt):,} characters; {max_prompt:,} is the most.')
     settings = {name: number(value, *row[:3]) for (name, row), value in zip(NUMBERS.items(), numbers)}
     seed = number(random.randrange(2**31) if seed in (None, -1) else seed, 'Seed', 0, 2**53)
-    model, meta, tokenizer = get_model(path)
+    model, tokenizer, index = get_model(path)
     prompt = prompt.encode('utf-8', 'replace').decode()  # a lone surrogate cannot be sent back
     ids = tokenizer.encode(prompt) or [tokenizer.start]
-    steps = model.generate(torch.tensor([ids]), seed=seed, **settings)
-    state = dict(prompt=prompt, ids=ids, meta=meta, tokenizer=tokenizer, seed=seed, ended='writing')
+    drafts = index if chip == 'cpu' and tokenizer.eot is not None else None
+    steps = model.generate(torch.tensor([ids]), seed=seed, drafts=drafts, **settings)
+    state = dict(prompt=prompt, ids=ids, index=index, tokenizer=tokenizer, seed=seed, ended='writing')
     began, shown = time.perf_counter(), 0.0
     for streams in stream_texts(steps, tokenizer, settings['num_samples']):
         seconds = time.perf_counter() - began
@@ -224,18 +213,16 @@ def updates(*inputs):
     for state in write(*inputs):
         yield panels(state, [html.escape(stream.text) for stream in state['streams']]), status(state)
     # 8 tokens are about as much text as 30 characters
-    n, unit = (30, 'characters') if state['meta']['tokenizer']['name'] == 'char' else (8, 'tokens')
+    n, unit = (30, 'characters') if state['tokenizer'].eot is None else (8, 'tokens')
     texts, shares = [], []
-    for stream in state['streams']:
-        found = recited(state['ids'] + stream.ids, state['meta'], n)
-        if found is None:  # the training data is not here, so nothing is marked
-            return
-        found = found[len(state['ids']):]
+    for stream in state['streams'] if state['index'] else ():
+        found = recited(state['ids'] + stream.ids, state['index'], n)[len(state['ids']):]
         texts.append(highlighted(stream.ids, state['tokenizer'], found))
         shares.append(f'{found.mean():.0%}')
-    yield panels(state, texts), (
-        f"{status(state)}<br>{', '.join(shares)} stands word for word in the training text (marked; "
-        f'{n} {unit} or more). Models of a small text recite it.')
+    if texts:
+        yield panels(state, texts), (
+            f"{status(state)}<br>{', '.join(shares)} stands word for word in the training text (marked; "
+            f'{n} {unit} or more). Models of a small text recite it.')
 
 
 def panels(state, texts):

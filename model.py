@@ -303,6 +303,11 @@ def is_learning(module):
     return module.training and torch.is_grad_enabled()
 
 
+def is_static(start):
+    """Whether a cached step has static shapes, as a CUDA graph needs: it reads all of the cache, masked."""
+    return isinstance(start, torch.Tensor) and start.dim() == 1
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -314,20 +319,20 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, start=0, mask=None):
         """Attention of x (B, T, C); a cache (2, B, nh, S, hs) takes its keys and values, from `start` on.
 
-        With a mask (1, S), all S positions are read.
+        Positions that a mask (T, …) has False for are not read; without one, the later ones are not.
         """
         B, T = x.shape[:2]
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (B, nh, T, hs)
         dropout = self.dropout if is_learning(self) else 0.0
-        if cache is not None:  # with a mask all S positions are read: static shapes, for a captured step
-            new, end = (slice(start, start + T), start + T) if mask is None else (start, None)
+        if cache is not None:
+            new = start if is_static(start) else slice(start, start + T)
             cache[..., new, :] = qkv[1:]
-            k, v = cache[..., :end, :]
+            k, v = cache if is_static(start) else cache[..., :start + T, :]
         if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and 1 < T <= 512 and cache is None:
             y = attend_in_products(q, k, v, dropout)
-        else:  # is_causal aligns top-left: right for an empty cache, and one new position needs no mask
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=bool(T > 1))
+        else:  # is_causal aligns top-left, which is right for an empty cache alone
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and bool(T > 1))
         y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side again
         return F.dropout(self.c_proj(y), dropout, dropout > 0)
 
@@ -449,15 +454,17 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, start=0):
         """The last layer's states (B, T, C). With a cache, idx are ids at positions start… of its texts.
 
-        With T = 1, start may be a tensor: () in a trace, (1,) for static shapes.
+        start may be a tensor: () in a trace; with T = 1 (1,), see is_static().
         """
         T, mask = idx.size(1), None
         if T > self.config.block_size:
             raise ValueError(f'{T} positions, and the model has {self.config.block_size}; shorten the window')
-        if isinstance(start, torch.Tensor) and start.dim():
-            mask = torch.arange(cache[0].size(3), device=idx.device)[None] <= start  # (1, S)
+        positions = start + torch.arange(T, device=idx.device)
+        if isinstance(start, torch.Tensor) or start and T > 1:
+            end = cache[0].size(3) if is_static(start) else start + T
+            mask = torch.arange(end, device=idx.device) <= positions[:, None]  # (T, S)
         x = self.wte.rows(idx) if self.config.quantized else self.wte(idx)  # (B, T, C)
-        x = x + self.wpe(start + torch.arange(T, device=idx.device))
+        x = x + self.wpe(positions)
         x = F.dropout(x, self.config.dropout, is_learning(self))
         again = self.gradient_checkpointing and is_learning(self)
         for block, kv in zip(self.h, cache or [None] * len(self.h)):
@@ -507,21 +514,28 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def next_logits(self, idx, cache, start=0):
-        """Logits (B, V) in float32 after ids (B, T) at positions start…, which are added to the cache."""
+        """Logits (B, n, V) in float32 after ids (B, T) at positions start…, which are added to the cache.
+
+        n is T, or 1 for a prompt (at start 0), where only the last id's are wanted.
+        """
         cudnn = torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans each new length for 20 to 40 ms
         try:
-            return self.head(self.hidden(idx, cache, start)[:, -1]).float()
+            x = self.hidden(idx, cache, start)
+            return self.head(x[:, -1:] if isinstance(start, int) and start == 0 else x).float()
         finally:
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-                 repetition_penalty=1.0, num_samples=1, seed=1337, context=0, compile='auto'):
+                 repetition_penalty=1.0, num_samples=1, seed=1337, context=0, compile='auto', drafts=None):
         """Yield the next ids (B,), step by step, for prompts idx (P, T ≥ 1); close the generator to stop.
 
         Each prompt is continued num_samples times: B = P · num_samples, a prompt's texts side by side. Text i
         draws from a generator of its own, seeded with seed + i. For temperature to repetition_penalty see
         choose(), for compile see fast_step(). There is no dropout, in train mode too.
+
+        drafts, an Index, gives a single text sooner: the ids that it proposes are run in one pass, and those
+        are kept that choose() takes with the uniform number of their position. So the text is the same.
 
         Footgun: the model sees a window of `context` tokens (0: the trained context). When it is full, its
         newest half is kept and run again, so no position is one that the model was not trained on, and every
@@ -533,21 +547,31 @@ class GPT(nn.Module):
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompt_of))]
         text = idx[prompt_of]  # (B, T)
         cache = self.new_cache(len(text), min(window, T + max_new_tokens))
-        step = fast_step(self, cache, max_new_tokens, compile)
-        for i in range(max_new_tokens):
-            uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(device)
-            if i == 0:  # each prompt runs once, in the cache's first rows, and is then copied to its texts
+        drafts = drafts if len(text) == 1 else None
+        if drafts and device.type == 'cuda':
+            compile = 'False'  # a CUDA graph runs one id, where a trace runs any number
+        step, written = fast_step(self, cache, max_new_tokens, compile), 0
+        while written < max_new_tokens:
+            room = min(window - T, max_new_tokens - written) - 1 if written else 0
+            drafted = drafts.propose(text[0], room) if drafts else []
+            if written == 0:  # each prompt runs once, in the cache's first rows, and is copied to its texts
                 logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
                 for kv in cache:
                     kv[:, :, :, :T] = kv[:, prompt_of, :, :T]
             elif T < window:
-                logits, T = step(ids[:, None], cache, T), T + 1
+                new = torch.cat((ids[:, None], ids.new_tensor([drafted] * len(ids))), dim=1)
+                logits, T = step(new, cache, T), T + 1
             else:
                 T = max(window // 2, 1)
                 logits = self.next_logits(text[:, -T:], cache)
-            ids = choose(logits, uniform, temperature, top_k, top_p, min_p, repetition_penalty, text)
-            text = torch.cat((text, ids[:, None]), dim=1)
-            yield ids.cpu()
+            for position, draft in zip(logits.unbind(1), [*drafted, None]):
+                uniform = torch.cat([torch.rand(1, generator=one) for one in generators]).to(device)
+                ids = choose(position, uniform, temperature, top_k, top_p, min_p, repetition_penalty, text)
+                text, written = torch.cat((text, ids[:, None]), dim=1), written + 1
+                yield ids.cpu()
+                if ids.tolist() != [draft]:
+                    break
+                T += 1  # the draft is in the cache already
 
 
 @torch.inference_mode()
@@ -606,15 +630,64 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return logits, ids
 
 
+class Index:
+    """Finds in a corpus, a uint16 array, where the end of a text stands too, and what follows there.
+
+    It holds each run of four ids as one uint64, sorted: 12 bytes an id, of the first 10 million, which take
+    a second. Drafts from a corpus: REST, https://arxiv.org/abs/2311.08252. `passes` counts the proposals.
+    """
+    def __init__(self, ids):
+        self.ids, self.passes = np.asarray(ids[:10**7]), 0
+        if len(ids) < 32:
+            self.ids = np.pad(self.ids, (0, 32))
+        keys = self.runs(self.ids)
+        order = keys.argsort(kind='stable')
+        self.keys, self.ends = keys[order], (order + 4).astype(np.uint32)
+
+    @staticmethod
+    def runs(ids):
+        """Each four ids in a row as a uint64 (n - 3,), the last id highest: sorted by their ends."""
+        return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(ids, 4)).view('<u8')[:, 0]
+
+    def propose(self, text, most):
+        """At most `most` ids that follow where the corpus matches the end of a text (T,) for longest.
+
+        It compares up to 32 ids at the 64 places that share the most of the last four. A longer match gives
+        more ids; one of two gives none, so a text that is not in the corpus takes no longer.
+        """
+        self.passes += 1
+        last = np.zeros(32, dtype='<u2')
+        last[-len(text[-32:]):] = text[-32:]
+        near = self.keys.searchsorted(self.runs(last[-4:])[0])
+        ends = self.ends[max(near - 32, 0):near + 32].astype(np.int64)
+        same = self.ids[np.maximum(ends[:, None] - np.arange(1, 33), 0)] == last[::-1]
+        lengths = same.cumprod(axis=1).sum(axis=1)
+        best = lengths.argmax()
+        # 12 ids take 2.4 times one id's time in int8 on Zen 3; 16 take 3.3 times
+        count = max(min(lengths[best] - 2, most, 11), 0)
+        return self.ids[ends[best]:ends[best] + count].tolist()
+
+    def holds(self, run):
+        """Whether a run of ids (n,), 4 <= n <= 32, stands anywhere in the corpus."""
+        run = np.array(run, dtype='<u2')
+        keys = self.runs(run)
+        first, last = self.keys.searchsorted(keys), self.keys.searchsorted(keys, side='right')
+        rarest = (last - first).argmin()
+        starts = self.ends[first[rarest]:last[rarest]].astype(np.int64) - 4 - rarest
+        starts = starts.clip(0, len(self.ids) - len(run))
+        return bool((self.ids[starts[:, None] + np.arange(len(run))] == run).all(axis=1).any())
+
+
 CAPTURING = threading.Lock()  # captures, traces and empty models are made one at a time in a process
 
 
 def fast_step(model, cache, steps, compile='auto'):
-    """A function step(ids (B, 1), cache, position) -> logits (B, V), for `steps` steps with an empty cache.
+    """A function step(ids (B, T), cache, position) -> logits (B, T, V), for `steps` steps, the cache empty.
 
     It is next_logits; or, with compile 'True' and with 'auto' from 64 steps on, the same step without
     Python between its operators: a CUDA graph, or a trace on a CPU (made in 0.3 s for GPT-2 small in int8).
-    Large float matrices are not traced: TorchScript cannot record oneDNN's product. A failure is printed.
+    A graph takes one id (T = 1), a trace any number. Large float matrices are not traced: TorchScript cannot
+    record oneDNN's product. A failure is printed.
     """
     kind, c = cache[0].device.type, model.config
     large = kind == 'cpu' and not c.quantized and 4 * c.n_embd**2 >= SMALL_MATRIX
@@ -636,7 +709,7 @@ def trace(model, cache):
     """next_logits on a CPU, for as many texts as the cache has; traced once for each such number."""
     texts, traces = cache[0].size(1), TRACES.setdefault(model, {})
     if texts not in traces:
-        example = torch.zeros(texts, 1, dtype=torch.long), cache, torch.tensor(cache[0].size(3) - 1)
+        example = torch.zeros(texts, 2, dtype=torch.long), cache, torch.tensor(cache[0].size(3) - 2)
         warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)  # sizes that become constants
         traces[texts] = torch.jit.trace_module(model, {'next_logits': example}, check_trace=False)
 

@@ -380,6 +380,19 @@ def load_data(dataset):
     return *splits, meta
 
 
+def load_data_of(meta, dataset=''):
+    """load_data()'s (train, val) that a model was trained on, or those of `dataset`; `meta` is the model's.
+
+    (None, None) if they are not here whole, or in another tokenizer.
+    """
+    dataset = dataset or meta.get('dataset', '')
+    try:
+        *splits, data_meta = load_data(dataset)
+        return splits if data_meta['tokenizer'] == meta['tokenizer'] else (None, None)
+    except (ValueError, OSError):
+        return None, None
+
+
 def check_data(dataset, meta, wanted):
     """Raise ValueError if the data of this meta differ from what is wanted.
 

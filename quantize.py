@@ -19,7 +19,7 @@ from importlib.util import find_spec
 import torch
 
 from model import LAYERS, build, keep_freed_memory, load, replacing, save, split_loss
-from prepare import get_tokenizer, hugging_face_tokenizer, load_data
+from prepare import get_tokenizer, hugging_face_tokenizer, load_data_of
 
 
 def convert(weights, dtype):
@@ -132,13 +132,11 @@ if __name__ == '__main__':
     target = os.path.join(folder, 'hf' if format == 'hf' else f"{stem.replace('ckpt', 'model')}_{kind}.pt")
 
     # -- the text to measure the loss on ---------------------------------------------------------------------
-    tokens, data = None, dataset or facts.get('dataset', '')
-    if data and os.path.exists(f'data/{data}/train.bin'):
-        train, val, data_meta = load_data(data)
-        if data_meta['tokenizer'] == facts['tokenizer']:
-            split, tokens = ('validation', val) if val is not None and len(val) > 1 else ('train', train)
-    if tokens is None and 'dataset' in given:
-        fail(f"--dataset={data}: no data/{data}/train.bin in the model's tokenizer; leave it out", 2)
+    train, val = load_data_of(facts, dataset)
+    split, tokens = ('validation', val) if val is not None and len(val) > 1 else ('train', train)
+    data = dataset or facts.get('dataset', '')
+    if tokens is None and dataset:
+        fail(f"--dataset={data}: no whole data/{data} in the model's tokenizer; leave it out", 2)
     if tokens is None:
         print("no loss is measured: the model's data is not here; name it with --dataset", file=sys.stderr)
 

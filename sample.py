@@ -12,8 +12,8 @@ import time
 import torch
 
 from config import configure, fail
-from model import keep_freed_memory, load, pick_device
-from prepare import get_tokenizer, read_text, stream_texts
+from model import Index, keep_freed_memory, load, pick_device
+from prepare import get_tokenizer, load_data_of, read_text, stream_texts
 
 checkpoint = 'out'        # a model file, a folder of them (see README) or a Hub id
 start = ''                # the prompt, FILE:path, or - for standard input; <|endoftext|> is the token
@@ -30,10 +30,11 @@ context = 0               # tokens the model attends to; 0 = as many as it was t
 seed = 1337               # text i is drawn with seed + i
 device = 'auto'           # auto, cpu, cuda, cuda:1, mps
 compile = 'auto'          # a step without Python: a CUDA graph or a trace; auto = from 64 tokens on
+drafts = 'auto'           # try what follows in the training text, several ids a pass; auto = on a CPU
 configure(globals(), dict(
     num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_p=(0, 1), min_p=(0, 1),
     repetition_penalty=(1e-3, 1e3), seed=(0, 2**63 - 1), device=pick_device,
-    compile=('auto', 'True', 'False')), 'lower --num_samples or --context')
+    compile=('auto', 'True', 'False'), drafts=('auto', 'True', 'False')), 'lower --num_samples or --context')
 SEPARATOR = '\n---------------\n'
 
 
@@ -42,11 +43,11 @@ def write(prompt):
     ids = tokenizer.encode(prompt, special_tokens=True) or [tokenizer.start]
     if len(ids) > window:
         print(f'the prompt has {len(ids):,} tokens; the model reads the last {window:,}', file=sys.stderr)
-    began, tokens = time.perf_counter(), 0
+    began, tokens, passes = time.perf_counter(), 0, index and index.passes
     for i in range(0, num_samples, 32):  # 32 at once: for GPT-2 small their KV cache stays below 3 GB
         count, printed = min(num_samples - i, 32), 0
         steps = model.generate(torch.tensor([ids]), max_new_tokens, temperature, top_k, top_p, min_p,
-                               repetition_penalty, count, seed + i, context, compile)
+                               repetition_penalty, count, seed + i, context, compile, index)
         print(SEPARATOR * (i > 0) + prompt, end='', flush=True)
         for texts in stream_texts(steps, tokenizer, count, stop):
             print(texts[0].text[printed:], end='', flush=True)
@@ -56,7 +57,8 @@ def write(prompt):
         tokens += sum(len(text.ids) for text in texts)
     print(flush=True)
     seconds = time.perf_counter() - began
-    print(f'{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s', file=sys.stderr)
+    drafted = f', {tokens / (index.passes - passes):.1f} tokens a pass' if index else ''
+    print(f'{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{drafted}', file=sys.stderr)
 
 
 def ask():
@@ -76,6 +78,12 @@ print(f"{meta['path']}: {model.num_params():,} parameters, step {meta['step']:,}
 tokenizer, window = get_tokenizer(meta['tokenizer']), context or model.trained_context
 if context > model.config.block_size:
     fail(f'--context={context}: the model has {model.config.block_size} positions', 2)
+train, _ = load_data_of(meta)
+if drafts == 'True' and train is None:
+    fail("--drafts=True: the model's training data is not here, or not in its tokenizer; leave it out", 2)
+# a match of four characters says too little
+fits = num_samples == 1 and tokenizer.eot is not None and pick_device(device) == 'cpu'
+index = Index(train) if train is not None and (drafts == 'True' or drafts == 'auto' and fits) else None
 from_file = start == '-' or start.startswith('FILE:')
 text = ''.join(read_text(0 if start == '-' else start[5:])) if from_file else start
 if not interactive:

@@ -479,7 +479,7 @@ def test_gpt_in_bfloat16_has_float32_logits(gpt, kind):
     with torch.no_grad():
         gpt.wte.weight[:, 0], gpt.ln_f.weight[0], gpt.ln_f.bias[0] = -1, 0, 100
         idx = torch.randint(1100, (2, 9))
-        logits = gpt(idx)[:, -1] if kind == 'head' else gpt.next_logits(idx, gpt.new_cache(2, 9))
+        logits = gpt(idx)[:, -1] if kind == 'head' else gpt.next_logits(idx, gpt.new_cache(2, 9))[:, 0]
         exact = gpt.hidden(idx)[:, -1].double() @ gpt.wte.weight[:1100].t().double()
     assert logits.dtype == torch.float32 and exact.mean() < -90 and (logits - exact).abs().max() < 1e-3
 
@@ -640,6 +640,57 @@ def test_generate_takes_any_setting(gpt):
         prompt = torch.randint(1100, (1, rng.choice([1, 63, 64, 65, 500])))
         steps = list(gpt.generate(prompt, rng.choice([1, 2, 2, 2, 70]), **settings))
         assert all(0 <= ids.min() and ids.max() < 1100 for ids in steps), settings
+
+
+def test_generate_with_drafts_writes_the_same_text(gpt):
+    """Where all drafts are right, where one in twenty is wrong, across the window's slide, with penalties."""
+    rng, written, passes = random.Random(0), 0, 0
+    for p in gpt.parameters():
+        p.data *= 3  # so that the text depends on what the model has read
+    for _ in range(60):
+        settings = dict(
+            temperature=rng.choice([0.0, 0.8, 1.5]), top_k=rng.choice([0, 5, 50]), top_p=rng.choice([0.9, 1.0]),
+            min_p=rng.choice([0.0, 0.1]), repetition_penalty=rng.choice([0.8, 1.0, 1.2]),
+            context=rng.choice([0, 8, 33]), seed=rng.randrange(99), compile=rng.choice(['False', 'True']))
+        prompt, steps = torch.randint(1100, (1, rng.choice([1, 30, 90]))), rng.choice([1, 2, 90])
+        plain = ids_of(gpt.generate(prompt, steps, **settings))
+        corpus = torch.cat((prompt, plain), dim=1)[0].numpy().astype('<u2')
+        corpus[np.random.default_rng(0).random(len(corpus)) < rng.choice([0, 0.05])] = 7
+        index = model.Index(corpus)
+        assert torch.equal(ids_of(gpt.generate(prompt, steps, drafts=index, **settings)), plain)
+        written, passes = written + steps, passes + index.passes
+    assert written > 2 * passes
+
+
+def test_generate_with_drafts_may_stop_inside_a_pass(gpt):
+    prompt = torch.tensor([[5, 6, 7]])
+    plain = ids_of(gpt.generate(prompt, 30, temperature=0))
+    index = model.Index(torch.cat((prompt, plain), dim=1)[0].numpy().astype('<u2'))
+    for stop in range(1, 15):
+        steps = gpt.generate(prompt, 30, temperature=0, drafts=index)
+        assert [next(steps).item() for _ in range(stop)] == plain[0, :stop].tolist()
+        steps.close()
+    assert torch.equal(ids_of(gpt.generate(prompt, 30, temperature=0, drafts=index)), plain)
+
+
+def test_generate_without_a_match_runs_one_id_a_pass(gpt):
+    index = model.Index(np.arange(500, dtype='<u2'))
+    steps = gpt.generate(torch.tensor([[5, 3]]), 30, drafts=index, top_k=1)
+    assert ids_of(steps).shape == (1, 30) and index.passes == 30
+
+
+@pytest.mark.parametrize('n', [1, 3, 31, 32, 3000])
+def test_index_finds_what_the_corpus_holds(n):
+    rng = np.random.default_rng(n)
+    corpus = rng.integers(0, 6, n).astype('<u2') * 10000  # five ids above 2**15 too
+    index, runs = model.Index(corpus), {tuple(corpus[i:i + 8]) for i in range(n - 7)}
+    for run in [*runs][:200]:
+        assert index.holds(run)
+    for run in rng.integers(0, 6, (200, 8)).astype('<u2') * 10000:
+        assert index.holds(run) == (tuple(run) in runs)
+    for start in rng.integers(0, n, 20) if n > 100 else ():
+        draft = index.propose(torch.tensor(corpus[start:start + 12].astype('int64')), 5)
+        assert start + 12 >= n or draft == corpus[start + 12:start + 17].tolist()
 
 
 def test_generate_never_samples_padded_ids(gpt):
@@ -1804,6 +1855,20 @@ def test_sample_takes_a_prompt_from_a_file_or_nothing(folder):
     assert ended(piped, stdin='日本')[1] == sample('--start=日本')
 
 
+def test_sample_with_drafts_prints_the_same_text(folder):
+    args = ['--checkpoint=out/tiny', '--start=The cat', '--max_new_tokens=60', '--temperature=0.3']
+    plain, drafted = (run('sample.py', *args, *more, cwd=folder) for more in ([], ['--drafts=True']))
+    assert drafted.stdout == plain.stdout and plain.stdout
+    assert 'a pass' not in plain.stderr  # of characters, four are too few for 'auto'
+    assert float(re.search(r'([\d.]+) tokens a pass', drafted.stderr)[1]) >= 1
+    os.rename(folder / 'data', folder / 'gone')
+    try:
+        one_line(run('sample.py', *args, '--drafts=True', cwd=folder), 2, 'sample.py: --drafts=True', 'leave it out')
+        assert run('sample.py', *args, '--drafts=auto', cwd=folder).stdout == plain.stdout
+    finally:
+        os.rename(folder / 'gone', folder / 'data')
+
+
 def test_sample_asks_for_one_prompt_after_the_other(folder):
     process = done(run('sample.py', '--interactive', '--checkpoint=out/tiny', '--stop=t', '--temperature=0.5',
                        '--num_samples=2', cwd=folder, stdin='The \n@\nmat; ' + 'cat ' * 20))
@@ -2066,15 +2131,13 @@ def test_page_waits_for_a_model(tmp_path):
 
 
 def test_page_marks_what_is_recited(app):
-    meta = load('out/tiny')[1]
-    tokenizer = CharTokenizer(meta['tokenizer']['characters'])
+    _, tokenizer, index = app['get_model']('')
     known = 'on the mat; é 日本 🎭.\nThe cat sat'  # 31 characters of the text, over a line's end
     ids = tokenizer.encode('mmm' + known + 'mm')
-    found = app['recited'](ids, meta, 30)
+    found = app['recited'](ids, index, 30)
     assert found.tolist() == [False] * 3 + [True] * len(known) + [False] * 2
     assert app['highlighted'](ids[3:], tokenizer, found[3:]) == f'<mark>{known}</mark>mm'
-    assert not app['recited'](ids[:20], meta, 30).any()
-    assert app['recited'](ids, {**meta, 'dataset': 'none'}, 30) is None
+    assert not app['recited'](ids[:20], index, 30).any()
     escaped = app['panels']({'prompt': '<b>'}, ['ok'])
     assert '<b>' not in escaped and '&lt;b&gt;' in escaped
 
