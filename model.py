@@ -303,11 +303,6 @@ def is_learning(module):
     return module.training and torch.is_grad_enabled()
 
 
-def is_static(start):
-    """Whether a cached step has static shapes, as a CUDA graph needs: it reads all of the cache, masked."""
-    return isinstance(start, torch.Tensor) and start.dim() == 1
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -319,21 +314,24 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, start=0, mask=None):
         """Attention of x (B, T, C); a cache (2, B, nh, S, hs) takes its keys and values, from `start` on.
 
-        Positions that a mask (T, …) has False for are not read; without one, the later ones are not.
+        With a mask (T, 1, 1, S), S cached positions are read.
         """
         B, T = x.shape[:2]
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (B, nh, T, hs)
         dropout = self.dropout if is_learning(self) else 0.0
         if cache is not None:
-            new = start if is_static(start) else slice(start, start + T)
-            cache[..., new, :] = qkv[1:]
-            k, v = cache if is_static(start) else cache[..., :start + T, :]
+            static = isinstance(start, torch.Tensor) and start.dim()
+            cache[..., start if static else slice(start, start + T), :] = qkv[1:]
+            k, v = cache[..., :T if mask is None else mask.size(3), :]
+        rows = mask is not None and B == 1  # then its T rows stand where texts do
+        if rows:
+            q, k, v = q.transpose(0, 2), k.expand(T, -1, -1, -1), v.expand(T, -1, -1, -1)
         if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and 1 < T <= 512 and cache is None:
             y = attend_in_products(q, k, v, dropout)
         else:  # is_causal aligns top-left, which is right for an empty cache alone
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and bool(T > 1))
-        y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side again
+        y = (y.transpose(0, 2) if rows else y).transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side again
         return F.dropout(self.c_proj(y), dropout, dropout > 0)
 
 
@@ -454,17 +452,19 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, start=0):
         """The last layer's states (B, T, C). With a cache, idx are ids at positions start… of its texts.
 
-        start may be a tensor: () in a trace; with T = 1 (1,), see is_static().
+        start may be a tensor: () in a trace; with T = 1 (1,) for static shapes.
         """
         T, mask = idx.size(1), None
         if T > self.config.block_size:
             raise ValueError(f'{T} positions, and the model has {self.config.block_size}; shorten the window')
         positions = start + torch.arange(T, device=idx.device)
-        if isinstance(start, torch.Tensor) or start and T > 1:
-            end = cache[0].size(3) if is_static(start) else start + T
-            mask = torch.arange(end, device=idx.device) <= positions[:, None]  # (T, S)
         x = self.wte.rows(idx) if self.config.quantized else self.wte(idx)  # (B, T, C)
         x = x + self.wpe(positions)
+        if isinstance(start, torch.Tensor) or start:  # 64 positions at a time: T does not change sums over them
+            static = isinstance(start, torch.Tensor) and start.dim()
+            end = cache[0].size(3) if static else (start + T + 63) // 64 * 64
+            later = torch.arange(end, device=idx.device) > positions[:, None, None, None]
+            mask = x.new_zeros(later.shape).masked_fill(later, -math.inf)  # (T, 1, 1, S)
         x = F.dropout(x, self.config.dropout, is_learning(self))
         again = self.gradient_checkpointing and is_learning(self)
         for block, kv in zip(self.h, cache or [None] * len(self.h)):
@@ -509,7 +509,7 @@ class GPT(nn.Module):
 
     def new_cache(self, texts, positions):
         """Room for the keys and values of each layer, (2, B, nh, S, hs), in the type of the weights."""
-        shape = 2, texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
+        shape = 2, texts, self.config.n_head, math.ceil(positions / 64) * 64, self.config.n_embd // self.config.n_head
         return [self.wpe.weight.new_zeros(shape) for _ in self.h]
 
     @torch.inference_mode()
@@ -552,7 +552,7 @@ class GPT(nn.Module):
             compile = 'False'  # a CUDA graph runs one id, where a trace runs any number
         step, written = fast_step(self, cache, max_new_tokens, compile), 0
         while written < max_new_tokens:
-            room = min(window - T, max_new_tokens - written) - 1 if written else 0
+            room = min(window - T, 64 - T % 64, max_new_tokens - written) - 1 if written else 0
             drafted = drafts.propose(text[0], room) if drafts else []
             if written == 0:  # each prompt runs once, in the cache's first rows, and is copied to its texts
                 logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
@@ -657,14 +657,14 @@ class Index:
         """
         self.passes += 1
         last = np.zeros(32, dtype='<u2')
-        last[-len(text[-32:]):] = text[-32:]
+        last[-len(text):] = text[-32:].tolist()
         near = self.keys.searchsorted(self.runs(last[-4:])[0])
         ends = self.ends[max(near - 32, 0):near + 32].astype(np.int64)
         same = self.ids[np.maximum(ends[:, None] - np.arange(1, 33), 0)] == last[::-1]
         lengths = same.cumprod(axis=1).sum(axis=1)
         best = lengths.argmax()
-        # 12 ids take 2.4 times one id's time in int8 on Zen 3; 16 take 3.3 times
-        count = max(min(lengths[best] - 2, most, 11), 0)
+        # a pass over 8 ids takes 1.7 times one id's time (GPT-2 small in int8 on Zen 3), over 16 it takes 3.3
+        count = max(min(lengths[best] - 2, most, 7), 0)
         return self.ids[ends[best]:ends[best] + count].tolist()
 
     def holds(self, run):
@@ -709,7 +709,8 @@ def trace(model, cache):
     """next_logits on a CPU, for as many texts as the cache has; traced once for each such number."""
     texts, traces = cache[0].size(1), TRACES.setdefault(model, {})
     if texts not in traces:
-        example = torch.zeros(texts, 2, dtype=torch.long), cache, torch.tensor(cache[0].size(3) - 2)
+        ids = torch.zeros(texts, 2 if texts == 1 else 1, dtype=torch.long)  # for one text any number
+        example = ids, cache, torch.tensor(1)
         warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)  # sizes that become constants
         traces[texts] = torch.jit.trace_module(model, {'next_logits': example}, check_trace=False)
 
