@@ -115,7 +115,7 @@ def product(x, weight, bias=None):
     return cpu_product(x, weight, bias)  # the operator would make a decoding step a tenth slower
 
 
-def cpu_product(x, weight, bias=None):
+def cpu_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """product() by the chip's kernel, without gradients; 'parts' splits the matrix for a single row.
 
     MKL reads one matrix on one thread (18 GB/s on Zen 5) but a batch of parts on all threads (50 of 52 GB/s).
@@ -146,9 +146,7 @@ def logits_product(x, weight):
 
 
 # cpu_product() and its gradients as one operator: torch.compile keeps it whole instead of breaking the graph
-@torch.library.custom_op('folio::product', mutates_args=(), device_types='cpu')
-def product_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return cpu_product(x, weight, bias)
+product_op = torch.library.custom_op('folio::product', cpu_product, mutates_args=(), device_types='cpu')
 
 
 def product_gradients(ctx, grad):
@@ -730,8 +728,7 @@ def pick_device(name='auto'):
     Under torchrun, a CUDA device without an index is LOCAL_RANK's. Raises ValueError for one that is absent.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # neither opens a context on a GPU
-    names = [f'cuda:{i}' for i in range(gpus)]
-    names += ['mps'] * torch.backends.mps.is_available() + ['cpu']
+    names = [f'cuda:{i}' for i in range(gpus)] + ['mps'] * torch.backends.mps.is_available() + ['cpu']
     name = names[0].removesuffix(':0') if name == 'auto' else name
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name
     if name not in names:
@@ -904,15 +901,13 @@ def build(contents, device='cpu'):
         weights['wte.weight'] = torch.cat((weights['wte.weight'], rows))
     model.load_state_dict(weights, assign=True)
     weights.clear()  # or the file's 16-bit numbers would stay in memory
+    names = [name for name, layer in model.named_modules() if hasattr(layer, 'pack')]
     if config.quantized and str(device) != 'cpu':
         print(f'{config.quantized} is for CPUs: on {device} the weights become floats again', file=sys.stderr)
         floats = {name: w for name, w in model.float().state_dict().items() if not name.endswith('scale')}
-        for name, layer in model.named_modules():
-            if hasattr(layer, 'pack'):
-                floats[f'{name}.weight'] = layer.rows()
+        floats.update({f'{name}.weight': model.get_submodule(name).rows() for name in names})
         return build({**contents, 'config': {**contents['config'], 'quantized': ''}, 'model': floats}, device)
     model.to(device, pick_dtype(str(device)) if str(device).startswith('cuda') else torch.float32)
-    names = [name for name, layer in model.named_modules() if hasattr(layer, 'pack')]
 
     def pack(name):
         model.set_submodule(name, model.get_submodule(name).pack(table=name == 'wte'))
