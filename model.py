@@ -412,10 +412,8 @@ class GPT(nn.Module):
         self.config = config
         self.trained_context = config.block_size  # longest window it was trained on, in tokens
         self.gradient_checkpointing = False  # save memory: run each block's forward again in backward
-        if config.quantized:
-            self.wte = LAYERS[config.quantized](config.n_embd, config.vocab_size, bias=False)
-        else:
-            self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        V, C = config.padded_vocab_size, config.n_embd
+        self.wte = LAYERS[config.quantized](C, V, bias=False) if config.quantized else nn.Embedding(V, C)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)

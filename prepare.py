@@ -152,9 +152,8 @@ class TextStream:
         if self.stop and self.stop in self.held:
             self.ended, self.held = 'stop string', self.held[:self.held.index(self.stop)]
             return self.finish()
-        sure = 0  # hold back what may be the beginning of `stop`
-        while not self.stop.startswith(self.held[sure:]):
-            sure += 1
+        # the rest may be the beginning of `stop`, so it is held back
+        sure = next(i for i in range(len(self.held) + 1) if self.stop.startswith(self.held[i:]))
         self.text, self.held = self.text + self.held[:sure], self.held[sure:]
 
     def finish(self):

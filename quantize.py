@@ -110,11 +110,10 @@ if __name__ == '__main__':
     if eval_tokens == 1:
         fail('--eval_tokens=1: a loss needs at least 2 tokens; 0 takes all', 2)
     kind = 'float32' if format == 'hf' and 'dtype' not in given else dtype  # of the new weights
-    if format == 'hf':
-        if kind.startswith('int'):
-            fail(f'--dtype={kind}: not for transformers; take float32 or bfloat16, or --format=folio', 2)
-        if not find_spec('transformers'):
-            fail('--format=hf needs transformers: pip install transformers')
+    if format == 'hf' and kind.startswith('int'):
+        fail(f'--dtype={kind}: not for transformers; take float32 or bfloat16, or --format=folio', 2)
+    if format == 'hf' and not find_spec('transformers'):
+        fail('--format=hf needs transformers: pip install transformers')
 
     # -- the source ------------------------------------------------------------------------------------------
     keep_freed_memory()

@@ -430,11 +430,10 @@ if __name__ == '__main__':
             if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
                 raise ValueError(f'loss {loss}, gradient norm {norm} at step {step}: the run has blown up; '
                                  'go on from its last checkpoint with a lower --learning_rate')
-            state.update(
-                first_loss=state['first_loss'] or loss, best_loss=min(state['best_loss'], loss),
-                grad_norm=norm, loss_sum=state['loss_sum'] + loss,
-                recent=(state['recent'] + [loss])[-min(epoch_steps, 100):],
-                passed={str(mark): step for mark in milestones if loss < mark} | state['passed'])
+            state.update(first_loss=state['first_loss'] or loss, best_loss=min(state['best_loss'], loss),
+                         recent=(state['recent'] + [loss])[-min(epoch_steps, 100):], grad_norm=norm,
+                         passed={str(mark): step for mark in milestones if loss < mark} | state['passed'],
+                         loss_sum=state['loss_sum'] + loss)
 
     def log_line(step, losses, speed, left):
         """Print a line and append a row to log.csv; the loss is the mean since the last row."""
