@@ -715,9 +715,8 @@ def keep_freed_memory():
     """
     os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # torch's c10/core/impl/alloc_cpu.cpp
     if platform.libc_ver()[0] == 'glibc':
-        libc = ctypes.CDLL(None)
         for option, value in ((-4, 0), (-1, -1), (-2, 2**29)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(option, value)
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def pick_device(name='auto'):
@@ -877,10 +876,9 @@ def load(path, device='cpu'):
     path = find(path)
     contents = read(path)
     try:
-        model = build(contents, device)
+        return build(contents, device), {**contents, 'path': path}
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f'{path}: its parts do not fit together: {str(error)[:300]}') from None
-    return model, {**contents, 'path': path}
 
 
 def build(contents, device='cpu'):

@@ -21,6 +21,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -43,8 +44,7 @@ class GPT2Tokenizer:
     meta = {'name': 'gpt2', 'vocab_size': 50257}
 
     def __init__(self):
-        with open(VOCABULARY, 'rb') as f:
-            lines = f.read().splitlines()
+        lines = Path(VOCABULARY).read_bytes().splitlines()
         if len(lines) != 50256:
             raise ValueError(f'{VOCABULARY}: {len(lines):,} lines instead of 50,256; get the file again')
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
@@ -343,8 +343,7 @@ def replace_data(folder, meta):
         f.flush()
         os.fsync(f.fileno())
     for name in ('meta.json', 'train.bin', 'val.bin'):
-        if os.path.exists(f'{folder}/{name}'):
-            os.remove(f'{folder}/{name}')
+        Path(folder, name).unlink(missing_ok=True)
     for split in reversed(meta['tokens']):  # val.bin first: train.py takes data with a train.bin for complete
         os.replace(f'{folder}/{split}.bin.tmp', f'{folder}/{split}.bin')
     os.replace(f'{folder}/meta.json.tmp', f'{folder}/meta.json')
@@ -360,8 +359,7 @@ def load_data(dataset):
     meta = {'tokenizer': GPT2Tokenizer.meta}
     if os.path.exists(f'{folder}/meta.json'):
         try:
-            with open(f'{folder}/meta.json', encoding='utf-8') as f:
-                meta = json.load(f)
+            meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
             get_tokenizer(meta['tokenizer'])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'{folder}/meta.json: damaged; prepare it again with prepare.py') from None
