@@ -380,7 +380,7 @@ def load_data(dataset):
 def check_data(dataset, meta, wanted):
     """Raise ValueError if the data of this meta differ from what is wanted.
 
-    `wanted` is a dict, of which tokenizer, val_fraction and input count; an input is compared by its contents.
+    Of the dict `wanted`, only tokenizer, val_fraction and input count. An input is compared by its contents.
     """
     has = {**meta, 'tokenizer': meta['tokenizer']['name'], 'input': meta.get('source', {}).get('input')}
     for key, value in wanted.items():
