@@ -262,9 +262,8 @@ class Int4Linear(nn.Module):
 
     def rows(self, idx=slice(None)):
         """Rows idx of the weights as floats (…, C)."""
-        scale = self.scale[idx][..., None]
-        q = self.halves(self.weight[idx]).to(scale.dtype) - 8
-        return (q.unflatten(-1, (-1, self.GROUP)) * scale).flatten(-2)[..., :self.shape[1]]
+        q = self.halves(self.weight[idx]).to(self.scale.dtype).unflatten(-1, (-1, self.GROUP)) - 8
+        return (q * self.scale[idx][..., None]).flatten(-2)[..., :self.shape[1]]
 
     def pack(self, table=False):
         """This layer with weights in the order of torch's kernel, or an Int8Linear where that is faster.
