@@ -5,6 +5,7 @@ $ python app.py                                        # http://127.0.0.1:7860, 
 $ python app.py --checkpoint=out/model_int8.pt --host=0.0.0.0 --auth=name:password
 """
 import asyncio
+import contextlib
 import functools
 import glob
 import html
@@ -75,12 +76,10 @@ def newest_first(pattern):
 
 def model_files():
     """Paths of the models to choose from; the first is the one that load() takes."""
-    try:
-        first = [find(home)]
-    except (OSError, ValueError):
-        first = []
     paths = [path for path in newest_first('*.pt') if os.path.basename(path).startswith(('model', 'best'))]
-    return first + [path for path in paths if path not in first]
+    with contextlib.suppress(OSError, ValueError):
+        paths.insert(0, find(home))
+    return list(dict.fromkeys(paths))  # each once
 
 
 def get_model(path):

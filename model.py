@@ -115,7 +115,7 @@ def product(x, weight, bias=None):
     return cpu_product(x, weight, bias)  # the operator would make a decoding step a tenth slower
 
 
-def cpu_product(x, weight, bias=None):
+def cpu_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """product() by the chip's kernel, without gradients; 'parts' splits the matrix for a single row.
 
     MKL reads one matrix on one thread (18 GB/s on Zen 5) but a batch of parts on all threads (50 of 52 GB/s).
@@ -146,9 +146,7 @@ def logits_product(x, weight):
 
 
 # cpu_product() and its gradients as one operator: torch.compile keeps it whole instead of breaking the graph
-@torch.library.custom_op('folio::product', mutates_args=(), device_types='cpu')
-def product_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return cpu_product(x, weight, bias)
+product_op = torch.library.custom_op('folio::product', cpu_product, mutates_args=(), device_types='cpu')
 
 
 def product_gradients(ctx, grad):
@@ -264,9 +262,8 @@ class Int4Linear(nn.Module):
 
     def rows(self, idx=slice(None)):
         """Rows idx of the weights as floats (…, C)."""
-        scale = self.scale[idx][..., None]
-        q = self.halves(self.weight[idx]).to(scale.dtype) - 8
-        return (q.unflatten(-1, (-1, self.GROUP)) * scale).flatten(-2)[..., :self.shape[1]]
+        q = self.halves(self.weight[idx]).to(self.scale.dtype).unflatten(-1, (-1, self.GROUP)) - 8
+        return (q * self.scale[idx][..., None]).flatten(-2)[..., :self.shape[1]]
 
     def pack(self, table=False):
         """This layer with weights in the order of torch's kernel, or an Int8Linear where that is faster.
@@ -417,10 +414,8 @@ class GPT(nn.Module):
         self.config = config
         self.trained_context = config.block_size  # longest window it was trained on, in tokens
         self.gradient_checkpointing = False  # save memory: run each block's forward again in backward
-        if config.quantized:
-            self.wte = LAYERS[config.quantized](config.n_embd, config.vocab_size, bias=False)
-        else:
-            self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        V, C = config.padded_vocab_size, config.n_embd
+        self.wte = LAYERS[config.quantized](C, V, bias=False) if config.quantized else nn.Embedding(V, C)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
@@ -793,9 +788,8 @@ def keep_freed_memory():
     """
     os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # torch's c10/core/impl/alloc_cpu.cpp
     if platform.libc_ver()[0] == 'glibc':
-        libc = ctypes.CDLL(None)
         for option, value in ((-4, 0), (-1, -1), (-2, 2**29)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(option, value)
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def pick_device(name='auto'):
@@ -804,8 +798,7 @@ def pick_device(name='auto'):
     Under torchrun, a CUDA device without an index is LOCAL_RANK's. Raises ValueError for one that is absent.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # neither opens a context on a GPU
-    names = [f'cuda:{i}' for i in range(gpus)]
-    names += ['mps'] * torch.backends.mps.is_available() + ['cpu']
+    names = [f'cuda:{i}' for i in range(gpus)] + ['mps'] * torch.backends.mps.is_available() + ['cpu']
     name = names[0].removesuffix(':0') if name == 'auto' else name
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name
     if name not in names:
@@ -956,10 +949,9 @@ def load(path, device='cpu'):
     path = find(path)
     contents = read(path)
     try:
-        model = build(contents, device)
+        return build(contents, device), {**contents, 'path': path}
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f'{path}: its parts do not fit together: {str(error)[:300]}') from None
-    return model, {**contents, 'path': path}
 
 
 def build(contents, device='cpu'):
@@ -978,15 +970,13 @@ def build(contents, device='cpu'):
         weights['wte.weight'] = torch.cat((weights['wte.weight'], rows))
     model.load_state_dict(weights, assign=True)
     weights.clear()  # or the file's 16-bit numbers would stay in memory
+    names = [name for name, layer in model.named_modules() if hasattr(layer, 'pack')]
     if config.quantized and str(device) != 'cpu':
         print(f'{config.quantized} is for CPUs: on {device} the weights become floats again', file=sys.stderr)
         floats = {name: w for name, w in model.float().state_dict().items() if not name.endswith('scale')}
-        for name, layer in model.named_modules():
-            if hasattr(layer, 'pack'):
-                floats[f'{name}.weight'] = layer.rows()
+        floats.update({f'{name}.weight': model.get_submodule(name).rows() for name in names})
         return build({**contents, 'config': {**contents['config'], 'quantized': ''}, 'model': floats}, device)
     model.to(device, pick_dtype(str(device)) if str(device).startswith('cuda') else torch.float32)
-    names = [name for name, layer in model.named_modules() if hasattr(layer, 'pack')]
 
     def pack(name):
         model.set_submodule(name, model.get_submodule(name).pack(table=name == 'wte'))

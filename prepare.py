@@ -21,6 +21,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -43,8 +44,7 @@ class GPT2Tokenizer:
     meta = {'name': 'gpt2', 'vocab_size': 50257}
 
     def __init__(self):
-        with open(VOCABULARY, 'rb') as f:
-            lines = f.read().splitlines()
+        lines = Path(VOCABULARY).read_bytes().splitlines()
         if len(lines) != 50256:
             raise ValueError(f'{VOCABULARY}: {len(lines):,} lines instead of 50,256; get the file again')
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
@@ -152,9 +152,8 @@ class TextStream:
         if self.stop and self.stop in self.held:
             self.ended, self.held = 'stop string', self.held[:self.held.index(self.stop)]
             return self.finish()
-        sure = 0  # hold back what may be the beginning of `stop`
-        while not self.stop.startswith(self.held[sure:]):
-            sure += 1
+        # the rest may be the beginning of `stop`, so it is held back
+        sure = next(i for i in range(len(self.held) + 1) if self.stop.startswith(self.held[i:]))
         self.text, self.held = self.text + self.held[:sure], self.held[sure:]
 
     def finish(self):
@@ -344,8 +343,7 @@ def replace_data(folder, meta):
         f.flush()
         os.fsync(f.fileno())
     for name in ('meta.json', 'train.bin', 'val.bin'):
-        if os.path.exists(f'{folder}/{name}'):
-            os.remove(f'{folder}/{name}')
+        Path(folder, name).unlink(missing_ok=True)
     for split in reversed(meta['tokens']):  # val.bin first: train.py takes data with a train.bin for complete
         os.replace(f'{folder}/{split}.bin.tmp', f'{folder}/{split}.bin')
     os.replace(f'{folder}/meta.json.tmp', f'{folder}/meta.json')
@@ -361,8 +359,7 @@ def load_data(dataset):
     meta = {'tokenizer': GPT2Tokenizer.meta}
     if os.path.exists(f'{folder}/meta.json'):
         try:
-            with open(f'{folder}/meta.json', encoding='utf-8') as f:
-                meta = json.load(f)
+            meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
             get_tokenizer(meta['tokenizer'])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'{folder}/meta.json: damaged; prepare it again with prepare.py') from None
@@ -396,7 +393,7 @@ def load_data_of(meta, dataset=''):
 def check_data(dataset, meta, wanted):
     """Raise ValueError if the data of this meta differ from what is wanted.
 
-    `wanted` is a dict with any of tokenizer, val_fraction and input. An input is compared by its contents.
+    Of the dict `wanted`, only tokenizer, val_fraction and input count. An input is compared by its contents.
     """
     has = {**meta, 'tokenizer': meta['tokenizer']['name'], 'input': meta.get('source', {}).get('input')}
     for key, value in wanted.items():

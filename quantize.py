@@ -75,11 +75,10 @@ def write_hugging_face(folder, config, weights, dtype, facts):
     from transformers import GPT2Config
     tokenizer, tensors = get_tokenizer(facts['tokenizer']), {}
     for name, w in weights.items():
-        is_matrix = re.search(r'c_\w+\.weight', name)  # Hugging Face's are (inputs, outputs)
-        tensors[f'transformer.{name}'] = w.t().contiguous() if is_matrix else w
+        # Hugging Face's matrices are (inputs, outputs), and its GPT-2 always has biases
+        tensors[f'transformer.{name}'] = w.t().contiguous() if re.search(r'c_\w+\.weight', name) else w
         if not config.bias and name.endswith('weight') and name not in ('wte.weight', 'wpe.weight'):
-            bias = name.replace('weight', 'bias')  # Hugging Face's GPT-2 always has one
-            tensors[f'transformer.{bias}'] = w.new_zeros(len(w))
+            tensors['transformer.' + name.replace('weight', 'bias')] = w.new_zeros(len(w))
     said = GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer,
         n_head=config.n_head, n_embd=config.n_embd, attn_pdrop=config.dropout, embd_pdrop=config.dropout,
@@ -110,11 +109,10 @@ if __name__ == '__main__':
     if eval_tokens == 1:
         fail('--eval_tokens=1: a loss needs at least 2 tokens; 0 takes all', 2)
     kind = 'float32' if format == 'hf' and 'dtype' not in given else dtype  # of the new weights
-    if format == 'hf':
-        if kind.startswith('int'):
-            fail(f'--dtype={kind}: not for transformers; take float32 or bfloat16, or --format=folio', 2)
-        if not find_spec('transformers'):
-            fail('--format=hf needs transformers: pip install transformers')
+    if format == 'hf' and kind.startswith('int'):
+        fail(f'--dtype={kind}: not for transformers; take float32 or bfloat16, or --format=folio', 2)
+    if format == 'hf' and not find_spec('transformers'):
+        fail('--format=hf needs transformers: pip install transformers')
 
     # -- the source ------------------------------------------------------------------------------------------
     keep_freed_memory()

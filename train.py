@@ -331,8 +331,7 @@ if __name__ == '__main__':
     train_tokens, val_tokens, data_meta = load_data(dataset)
     T, vocab_size = seq_len or block_size, data_meta['tokenizer']['vocab_size']
     try:
-        wanted = given & {'tokenizer', 'val_fraction', 'input'}
-        check_data(dataset, data_meta, {key: settings[key] for key in wanted})
+        check_data(dataset, data_meta, {key: settings[key] for key in given})
         config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
     except ValueError as error:
         fail(error, 2)
@@ -360,11 +359,9 @@ if __name__ == '__main__':
     if checkpoint or parent:
         raw_model.load_state_dict(checkpoint['model'] if checkpoint else parent.state_dict())
         raw_model.trained_context = max(T, (checkpoint or about)['trained_context'])
-    groups = raw_model.param_groups(weight_decay)
-    optimizers = [torch.optim.AdamW(groups[1:] if optimizer == 'muon' else groups, lr=learning_rate,
-                                    betas=(beta1, beta2), fused=True)]
-    if optimizer == 'muon':
-        optimizers.append(Muon(groups[:1], lr=learning_rate, dtype=compute_dtype))
+    groups = raw_model.param_groups(weight_decay)  # the first: the blocks' matrices, which Muon takes over
+    muon = [Muon([groups.pop(0)], lr=learning_rate, dtype=compute_dtype)] if optimizer == 'muon' else []
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True), *muon]
     scaler = torch.amp.GradScaler(kind, enabled=compute_dtype == torch.float16)
     rate = functools.partial(rate_at, steps=lr_decay_iters or max_iters, schedule=schedule, beta1=beta1,
                              peak=learning_rate, least=min_lr, warmup=warmup_iters)
@@ -430,11 +427,10 @@ if __name__ == '__main__':
             if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
                 raise ValueError(f'loss {loss}, gradient norm {norm} at step {step}: the run has blown up; '
                                  'go on from its last checkpoint with a lower --learning_rate')
-            state.update(
-                first_loss=state['first_loss'] or loss, best_loss=min(state['best_loss'], loss),
-                grad_norm=norm, loss_sum=state['loss_sum'] + loss,
-                recent=(state['recent'] + [loss])[-min(epoch_steps, 100):],
-                passed={str(mark): step for mark in milestones if loss < mark} | state['passed'])
+            state.update(first_loss=state['first_loss'] or loss, best_loss=min(state['best_loss'], loss),
+                         recent=(state['recent'] + [loss])[-min(epoch_steps, 100):], grad_norm=norm,
+                         passed={str(mark): step for mark in milestones if loss < mark} | state['passed'],
+                         loss_sum=state['loss_sum'] + loss)
 
     def log_line(step, losses, speed, left):
         """Print a line and append a row to log.csv; the loss is the mean since the last row."""
