@@ -25,7 +25,6 @@ import time
 import warnings
 import weakref
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -308,18 +307,17 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = layer(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x, cache=None, start=0, mask=None):
-        """Attention of x (B, T, C); a cache (2, B, nh, S, hs) takes its keys and values, from `start` on.
+    def forward(self, x, cache=None, positions=None, mask=None):
+        """Attention of x (B, T, C); a cache (2, B, nh, S, hs) takes its keys and values at `positions` (T,).
 
-        With a mask (T, 1, 1, S), S cached positions are read.
+        With a mask (T, 1, 1, S), the S first of the cache are read.
         """
         B, T = x.shape[:2]
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (B, nh, T, hs)
         dropout = self.dropout if is_learning(self) else 0.0
         if cache is not None:
-            static = isinstance(start, torch.Tensor) and start.dim()
-            cache[..., start if static else slice(start, start + T), :] = qkv[1:]
+            cache[..., positions, :] = qkv[1:]
             k, v = cache[..., :T if mask is None else mask.size(3), :]
         rows = mask is not None and B == 1  # then its T rows stand where texts do
         if rows:
@@ -328,7 +326,7 @@ class CausalSelfAttention(nn.Module):
             y = attend_in_products(q, k, v, dropout)
         else:  # is_causal aligns top-left, which is right for an empty cache alone
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and bool(T > 1))
-        y = (y.transpose(0, 2) if rows else y).transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side again
+        y = (y.transpose(0, 2) if rows else y).transpose(1, 2).flatten(2)  # (B, T, C), heads side by side
         return F.dropout(self.c_proj(y), dropout, dropout > 0)
 
 
@@ -365,8 +363,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, start=0, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, start, mask)
+    def forward(self, x, cache=None, positions=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, positions, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -455,7 +453,8 @@ class GPT(nn.Module):
         positions = start + torch.arange(T, device=idx.device)
         x = self.wte.rows(idx) if self.config.quantized else self.wte(idx)  # (B, T, C)
         x = x + self.wpe(positions)
-        if isinstance(start, torch.Tensor) or start:  # 64 positions at a time: T does not change sums over them
+        # a step reads a multiple of 64 positions, so that its sums over them do not depend on T
+        if isinstance(start, torch.Tensor) or start:
             static = isinstance(start, torch.Tensor) and start.dim()
             end = cache[0].size(3) if static else (start + T + 63) // 64 * 64
             later = torch.arange(end, device=idx.device) > positions[:, None, None, None]
@@ -464,7 +463,7 @@ class GPT(nn.Module):
         again = self.gradient_checkpointing and is_learning(self)
         for block, kv in zip(self.h, cache or [None] * len(self.h)):
             run = block if is_learning(self) else block.forward  # not compiled for each length of a text
-            x = checkpoint(run, x, use_reentrant=False) if again else run(x, kv, start, mask)
+            x = checkpoint(run, x, use_reentrant=False) if again else run(x, kv, positions, mask)
         return self.ln_f(x)
 
     def head(self, x):
@@ -503,9 +502,10 @@ class GPT(nn.Module):
     # -- generation ------------------------------------------------------------------------------------------
 
     def new_cache(self, texts, positions):
-        """Room for the keys and values of each layer, (2, B, nh, S, hs), in the type of the weights."""
-        shape = 2, texts, self.config.n_head, math.ceil(positions / 64) * 64, self.config.n_embd // self.config.n_head
-        return [self.wpe.weight.new_zeros(shape) for _ in self.h]
+        """Room for the keys and values of each layer, (2, B, nh, S, hs), S a multiple of 64, in the weights' type.
+        """
+        nh, S = self.config.n_head, math.ceil(positions / 64) * 64
+        return [self.wpe.weight.new_zeros(2, texts, nh, S, self.config.n_embd // nh) for _ in self.h]
 
     @torch.inference_mode()
     def next_logits(self, idx, cache, start=0):
@@ -741,10 +741,10 @@ def capture(model, cache):
 def split_loss(model, tokens, context, max_tokens=0, name='', batch_tokens=8192):
     """Mean negative log-likelihood, in nats, of tokens 1…n-1, in windows of `context` side by side.
 
-    The short tail is included. tokens is a uint16 array; max_tokens > 0 takes only its beginning. With a
-    name, progress goes to stderr. Raises ValueError for fewer than two tokens.
+    The short tail is included. tokens is a uint16 array; max_tokens > 0 takes only its beginning, of at least
+    two. With a name, progress goes to stderr. Raises ValueError for fewer than two tokens.
     """
-    n = min(len(tokens), max_tokens or len(tokens)) - 1  # tokens with one before them
+    n = min(len(tokens), max(max_tokens, 2) if max_tokens else len(tokens)) - 1  # tokens with one before them
     if n < 1:
         raise ValueError(f'{n + 1} tokens: a loss needs at least 2')
     whole, rows = n // context * context, max(batch_tokens // context, 1) * context
@@ -978,15 +978,8 @@ def build(contents, device='cpu'):
         return build({**contents, 'config': {**contents['config'], 'quantized': ''}, 'model': floats}, device)
     model.to(device, pick_dtype(str(device)) if str(device).startswith('cuda') else torch.float32)
 
-    def pack(name):
+    for name in names:
         model.set_submodule(name, model.get_submodule(name).pack(table=name == 'wte'))
-    # FBGEMM packs on one thread, so the table is packed on another beside the blocks; int4 would take memory
-    beside = names[:1] if config.quantized == 'int8' else []
-    with ThreadPoolExecutor(1) as pool:
-        packing = pool.map(pack, beside)
-        for name in names[len(beside):]:
-            pack(name)
-        list(packing)  # waits, and raises its errors
     model.trained_context = contents['trained_context']
     return model.eval()
 

@@ -106,8 +106,6 @@ if __name__ == '__main__':
     sidecars = False          # also write config.json (the shape) and meta.json (tokenizer, step, losses, …)
     configure(globals(), dict(dtype=('int8', 'int4', 'bfloat16', 'float32'), format=('folio', 'hf'),
                               max_loss_increase=(0, 1e9)))
-    if eval_tokens == 1:
-        fail('--eval_tokens=1: a loss needs at least 2 tokens; 0 takes all', 2)
     kind = 'float32' if format == 'hf' and 'dtype' not in given else dtype  # of the new weights
     if format == 'hf' and kind.startswith('int'):
         fail(f'--dtype={kind}: not for transformers; take float32 or bfloat16, or --format=folio', 2)

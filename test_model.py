@@ -1936,7 +1936,6 @@ def test_quantize_as_a_user_runs_it(folder, kind):
 @pytest.mark.parametrize('args, status, words', [
     ('--dtype=int7', 2, 'int8, int4'),
     ('--checkpoint=none', 1, 'none'),
-    ('--eval_tokens=1', 2, 'at least 2'),
     ('--dataset=typo', 2, 'typo'),
     ('--format=gguf', 2, 'folio, hf'),
     ('--format=hf --dtype=int8', 2, 'float32 or bfloat16'),

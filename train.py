@@ -485,13 +485,6 @@ if __name__ == '__main__':
         caught.append(number)
         on_signals(signal.SIG_DFL)
 
-    def save_if_unread(*error, report=sys.excepthook):
-        """Save the run when nobody reads its output any more (`| head`)."""
-        if issubclass(error[0], BrokenPipeError):
-            keep_checkpoint()
-        report(*error)
-    sys.excepthook = save_if_unread
-
     # -- the banner ------------------------------------------------------------------------------------------
     limit = f', {peak / 1e12:.3g} TFLOP/s at most' if peak else ''
     print(f'{raw_model.num_params():,} parameters on {ranks} x {device_name(chip)}, {how}{limit}')
