@@ -310,7 +310,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, positions=None, mask=None):
         """Attention of x (B, T, C); a cache (2, B, nh, S, hs) takes its keys and values at `positions` (T,).
 
-        With a mask (T, 1, 1, S), the S first of the cache are read.
+        With a mask (T, S), the cache's first S are read.
         """
         B, T = x.shape[:2]
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
@@ -318,15 +318,12 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if is_learning(self) else 0.0
         if cache is not None:
             cache[..., positions, :] = qkv[1:]
-            k, v = cache[..., :T if mask is None else mask.size(3), :]
-        rows = mask is not None and B == 1  # then its T rows stand where texts do
-        if rows:
-            q, k, v = q.transpose(0, 2), k.expand(T, -1, -1, -1), v.expand(T, -1, -1, -1)
+            k, v = cache[..., :T if mask is None else mask.size(1), :]
         if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and 1 < T <= 512 and cache is None:
             y = attend_in_products(q, k, v, dropout)
         else:  # is_causal aligns top-left, which is right for an empty cache alone
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and bool(T > 1))
-        y = (y.transpose(0, 2) if rows else y).transpose(1, 2).flatten(2)  # (B, T, C), heads side by side
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side again
         return F.dropout(self.c_proj(y), dropout, dropout > 0)
 
 
@@ -453,12 +450,11 @@ class GPT(nn.Module):
         positions = start + torch.arange(T, device=idx.device)
         x = self.wte.rows(idx) if self.config.quantized else self.wte(idx)  # (B, T, C)
         x = x + self.wpe(positions)
-        # a step reads a multiple of 64 positions, so that its sums over them do not depend on T
         if isinstance(start, torch.Tensor) or start:
             static = isinstance(start, torch.Tensor) and start.dim()
-            end = cache[0].size(3) if static else (start + T + 63) // 64 * 64
-            later = torch.arange(end, device=idx.device) > positions[:, None, None, None]
-            mask = x.new_zeros(later.shape).masked_fill(later, -math.inf)  # (T, 1, 1, S)
+            end = cache[0].size(3) if static else start + T
+            later = torch.arange(end, device=idx.device) > positions[:, None]
+            mask = x.new_zeros(later.shape).masked_fill(later, -math.inf)  # (T, S)
         x = F.dropout(x, self.config.dropout, is_learning(self))
         again = self.gradient_checkpointing and is_learning(self)
         for block, kv in zip(self.h, cache or [None] * len(self.h)):
@@ -502,10 +498,9 @@ class GPT(nn.Module):
     # -- generation ------------------------------------------------------------------------------------------
 
     def new_cache(self, texts, positions):
-        """Room for the keys and values of each layer, (2, B, nh, S, hs), S a multiple of 64, in the weights' type.
-        """
-        nh, S = self.config.n_head, math.ceil(positions / 64) * 64
-        return [self.wpe.weight.new_zeros(2, texts, nh, S, self.config.n_embd // nh) for _ in self.h]
+        """Room for the keys and values of each layer, (2, B, nh, S, hs), in the type of the weights."""
+        shape = 2, texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
+        return [self.wpe.weight.new_zeros(shape) for _ in self.h]
 
     @torch.inference_mode()
     def next_logits(self, idx, cache, start=0):
@@ -547,7 +542,7 @@ class GPT(nn.Module):
             compile = 'False'  # a CUDA graph runs one id, where a trace runs any number
         step, written = fast_step(self, cache, max_new_tokens, compile), 0
         while written < max_new_tokens:
-            room = min(window - T, 64 - T % 64, max_new_tokens - written) - 1 if written else 0
+            room = min(window - T, max_new_tokens - written) - 1 if written else 0
             drafted = drafts.propose(text[0], room) if drafts else []
             if written == 0:  # each prompt runs once, in the cache's first rows, and is copied to its texts
                 logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
@@ -658,8 +653,8 @@ class Index:
         same = self.ids[np.maximum(ends[:, None] - np.arange(1, 33), 0)] == last[::-1]
         lengths = same.cumprod(axis=1).sum(axis=1)
         best = lengths.argmax()
-        # a pass over 8 ids takes 1.7 times one id's time (GPT-2 small in int8 on Zen 3), over 16 it takes 3.3
-        count = max(min(lengths[best] - 2, most, 7), 0)
+        # a pass over 12 ids takes 1.8 to 2.6 times as long as over one (GPT-2 small in int8 on Zen 3)
+        count = max(min(lengths[best] - 2, most, 11), 0)
         return self.ids[ends[best]:ends[best] + count].tolist()
 
     def holds(self, run):
@@ -704,8 +699,7 @@ def trace(model, cache):
     """next_logits on a CPU, for as many texts as the cache has; traced once for each such number."""
     texts, traces = cache[0].size(1), TRACES.setdefault(model, {})
     if texts not in traces:
-        ids = torch.zeros(texts, 2 if texts == 1 else 1, dtype=torch.long)  # for one text any number
-        example = ids, cache, torch.tensor(1)
+        example = torch.zeros(texts, 1, dtype=torch.long), cache, torch.tensor(cache[0].size(3) - 1)
         warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)  # sizes that become constants
         traces[texts] = torch.jit.trace_module(model, {'next_logits': example}, check_trace=False)
 
