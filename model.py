@@ -431,10 +431,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x)
         x, targets = x.flatten(0, 1), targets.flatten()
-        if is_learning(self) and not torch.compiler.is_compiling():
+        if is_learning(self):
             return HeadLoss.apply(x, self.wte.weight, targets)
-        if is_learning(self):  # for a user who compiles the whole model
-            return F.cross_entropy(F.linear(x, self.wte.weight), targets)
         rows = max(2**25 // self.config.vocab_size, 1)  # the logits of all rows at once would take gigabytes
         parts = zip(x.split(rows), targets.split(rows))
         return sum(F.cross_entropy(self.head(x), y, reduction='sum') for x, y in parts) / targets.numel()
@@ -524,8 +522,9 @@ class GPT(nn.Module):
         draws from a generator of its own, seeded with seed + i. For temperature to repetition_penalty see
         choose(), for compile see fast_step(). There is no dropout, in train mode too.
 
-        drafts, an Index, gives a single text sooner: the ids that it proposes are run in one pass, and those
-        are kept that choose() takes with the uniform number of their position. So the text is the same.
+        drafts, an Index, gives a single text on a CPU sooner: the ids that it proposes are run in one pass, and
+        those are kept that choose() takes with the uniform number of their position. So the text is the same,
+        but for ids that are equally likely within the rounding of the products (int8's is coarse).
 
         Footgun: the model sees a window of `context` tokens (0: the trained context). When it is full, its
         newest half is kept and run again, so no position is one that the model was not trained on, and every
@@ -537,9 +536,7 @@ class GPT(nn.Module):
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompt_of))]
         text = idx[prompt_of]  # (B, T)
         cache = self.new_cache(len(text), min(window, T + max_new_tokens))
-        drafts = drafts if len(text) == 1 else None
-        if drafts and device.type == 'cuda':
-            compile = 'False'  # a CUDA graph runs one id, where a trace runs any number
+        drafts = drafts if len(text) == 1 and device.type == 'cpu' else None  # a CUDA graph runs one id alone
         step, written = fast_step(self, cache, max_new_tokens, compile), 0
         while written < max_new_tokens:
             room = min(window - T, max_new_tokens - written) - 1 if written else 0
@@ -660,11 +657,8 @@ class Index:
     def holds(self, run):
         """Whether a run of ids (n,), 4 <= n <= 32, stands anywhere in the corpus."""
         run = np.array(run, dtype='<u2')
-        keys = self.runs(run)
-        first, last = self.keys.searchsorted(keys), self.keys.searchsorted(keys, side='right')
-        rarest = (last - first).argmin()
-        starts = self.ends[first[rarest]:last[rarest]].astype(np.int64) - 4 - rarest
-        starts = starts.clip(0, len(self.ids) - len(run))
+        first, last = (self.keys.searchsorted(self.runs(run)[0], side) for side in ('left', 'right'))
+        starts = self.ends[first:last].astype(np.int64).clip(max=len(self.ids) - len(run) + 4) - 4
         return bool((self.ids[starts[:, None] + np.arange(len(run))] == run).all(axis=1).any())
 
 

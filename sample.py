@@ -30,7 +30,7 @@ context = 0               # tokens the model attends to; 0 = as many as it was t
 seed = 1337               # text i is drawn with seed + i
 device = 'auto'           # auto, cpu, cuda, cuda:1, mps
 compile = 'auto'          # a step without Python: a CUDA graph or a trace; auto = from 64 tokens on
-drafts = 'auto'           # try what follows in the training text, several ids a pass; auto = on a CPU
+drafts = 'auto'           # several ids a pass on a CPU, where the training text has them; auto = not for char
 configure(globals(), dict(
     num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_p=(0, 1), min_p=(0, 1),
     repetition_penalty=(1e-3, 1e3), seed=(0, 2**63 - 1), device=pick_device,
@@ -43,7 +43,7 @@ def write(prompt):
     ids = tokenizer.encode(prompt, special_tokens=True) or [tokenizer.start]
     if len(ids) > window:
         print(f'the prompt has {len(ids):,} tokens; the model reads the last {window:,}', file=sys.stderr)
-    began, tokens, passes = time.perf_counter(), 0, index and index.passes
+    began, tokens, passes = time.perf_counter(), 0, index.passes if index else 0
     for i in range(0, num_samples, 32):  # 32 at once: for GPT-2 small their KV cache stays below 3 GB
         count, printed = min(num_samples - i, 32), 0
         steps = model.generate(torch.tensor([ids]), max_new_tokens, temperature, top_k, top_p, min_p,
@@ -57,7 +57,7 @@ def write(prompt):
         tokens += sum(len(text.ids) for text in texts)
     print(flush=True)
     seconds = time.perf_counter() - began
-    drafted = f', {tokens / (index.passes - passes):.1f} tokens a pass' if index else ''
+    drafted = f', {tokens / (index.passes - passes):.1f} tokens a pass' if index and index.passes else ''
     print(f'{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{drafted}', file=sys.stderr)
 
 
@@ -81,9 +81,8 @@ if context > model.config.block_size:
 train, _ = load_data_of(meta)
 if drafts == 'True' and train is None:
     fail("--drafts=True: the model's training data is not here, or not in its tokenizer; leave it out", 2)
-# a match of four characters says too little
-fits = num_samples == 1 and tokenizer.eot is not None and pick_device(device) == 'cpu'
-index = Index(train) if train is not None and (drafts == 'True' or drafts == 'auto' and fits) else None
+wanted = drafts == 'True' or drafts == 'auto' and tokenizer.eot is not None  # four characters match too often
+index = Index(train) if wanted and train is not None and num_samples == 1 else None
 from_file = start == '-' or start.startswith('FILE:')
 text = ''.join(read_text(0 if start == '-' else start[5:])) if from_file else start
 if not interactive:
