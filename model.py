@@ -522,9 +522,9 @@ class GPT(nn.Module):
         draws from a generator of its own, seeded with seed + i. For temperature to repetition_penalty see
         choose(), for compile see fast_step(). There is no dropout, in train mode too.
 
-        drafts, an Index, makes a single text on a CPU faster: the ids that it proposes are run in one pass, and
-        those stay that choose() takes with the uniform number of their position. So the text is the same, but
-        for ids that are equally likely within the rounding of the products (int8's is coarse).
+        drafts, an Index, makes a single text on a CPU faster: the ids that it proposes are run in one pass,
+        and those stay that choose() takes with the uniform number of their position. So the text is the same,
+        but for ids that are equally likely within the rounding of the products (int8's is coarse).
 
         Footgun: the model sees a window of `context` tokens (0: the trained context). When it is full, its
         newest half is kept and run again, so no position is one that the model was not trained on, and every
