@@ -620,8 +620,8 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 class Index:
     """Finds in a corpus, a uint16 array, where the end of a text stands too, and what follows there.
 
-    It holds each run of four ids as one uint64, sorted: 12 bytes an id, of the first 10 million, which take
-    a second. Drafts from a corpus: REST, https://arxiv.org/abs/2311.08252. `passes` counts the proposals.
+    It holds each run of four ids as one uint64, sorted: 12 bytes an id, of the first 10 million, which take a
+    few seconds. Drafts from a corpus: REST, https://arxiv.org/abs/2311.08252. `passes` counts the proposals.
     """
     def __init__(self, ids):
         self.ids, self.passes = np.asarray(ids[:10**7]), 0
