@@ -307,21 +307,21 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = layer(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x, cache=None, positions=None, mask=None):
-        """Attention of x (B, T, C); a cache (2, B, nh, S, hs) takes its keys and values at `positions` (T,).
+    def forward(self, x, cache=None, where=None, mask=None):
+        """Attention of x (B, T, C). Its keys and values go into a cache (2, B, nh, S, hs), at `where`.
 
-        With a mask (T, S), the cache's first S are read.
+        `where` is a slice, or a tensor (T,) with a mask (T, S), which says how much of the cache is read.
         """
         B, T = x.shape[:2]
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (B, nh, T, hs)
         dropout = self.dropout if is_learning(self) else 0.0
         if cache is not None:
-            cache[..., positions, :] = qkv[1:]
-            k, v = cache[..., :T if mask is None else mask.size(1), :]
+            cache[..., where, :] = qkv[1:]
+            k, v = cache[..., :where.stop if mask is None else mask.size(1), :]
         if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and 1 < T <= 512 and cache is None:
             y = attend_in_products(q, k, v, dropout)
-        else:  # is_causal aligns top-left, which is right for an empty cache alone
+        else:  # is_causal aligns top-left: right for an empty cache, and one new position needs no mask
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and bool(T > 1))
         y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side again
         return F.dropout(self.c_proj(y), dropout, dropout > 0)
@@ -360,8 +360,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, positions, mask)
+    def forward(self, x, cache=None, where=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, where, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -448,16 +448,16 @@ class GPT(nn.Module):
         positions = start + torch.arange(T, device=idx.device)
         x = self.wte.rows(idx) if self.config.quantized else self.wte(idx)  # (B, T, C)
         x = x + self.wpe(positions)
-        if isinstance(start, torch.Tensor) or start:
-            static = isinstance(start, torch.Tensor) and start.dim()
-            end = cache[0].size(3) if static else start + T
+        static = isinstance(start, torch.Tensor) and start.dim()
+        where, end = (positions, cache[0].size(3)) if static else (slice(start, start + T), start + T)
+        if isinstance(start, torch.Tensor) or start and T > 1:
             later = torch.arange(end, device=idx.device) > positions[:, None]
             mask = x.new_zeros(later.shape).masked_fill(later, -math.inf)  # (T, S)
         x = F.dropout(x, self.config.dropout, is_learning(self))
         again = self.gradient_checkpointing and is_learning(self)
         for block, kv in zip(self.h, cache or [None] * len(self.h)):
             run = block if is_learning(self) else block.forward  # not compiled for each length of a text
-            x = checkpoint(run, x, use_reentrant=False) if again else run(x, kv, positions, mask)
+            x = checkpoint(run, x, use_reentrant=False) if again else run(x, kv, where, mask)
         return self.ln_f(x)
 
     def head(self, x):
@@ -537,7 +537,9 @@ class GPT(nn.Module):
         text = idx[prompt_of]  # (B, T)
         cache = self.new_cache(len(text), min(window, T + max_new_tokens))
         drafts = drafts if len(text) == 1 and device.type == 'cpu' else None  # a CUDA graph runs one id alone
-        step, written = fast_step(self, cache, max_new_tokens, compile), 0
+        lazy = drafts and self not in TRACES  # a trace takes as long as the passes of a text known by heart
+        step = self.next_logits if lazy else fast_step(self, cache, max_new_tokens, compile)
+        written = passes = 0
         while written < max_new_tokens:
             room = min(window - T, max_new_tokens - written) - 1 if written else 0
             drafted = drafts.propose(text[0], room) if drafts else []
@@ -546,8 +548,11 @@ class GPT(nn.Module):
                 for kv in cache:
                     kv[:, :, :, :T] = kv[:, prompt_of, :, :T]
             elif T < window:
-                new = torch.cat((ids[:, None], ids.new_tensor([drafted] * len(ids))), dim=1)
-                logits, T = step(new, cache, T), T + 1
+                if lazy and passes == 8:
+                    step = fast_step(self, cache, max_new_tokens - written, compile)
+                new = ids.new_tensor([drafted] * len(ids)).clamp(max=self.config.vocab_size - 1)
+                logits = step(torch.cat((ids[:, None], new), dim=1), cache, T)
+                T, passes = T + 1, passes + 1
             else:
                 T = max(window // 2, 1)
                 logits = self.next_logits(text[:, -T:], cache)
@@ -556,7 +561,7 @@ class GPT(nn.Module):
                 ids = choose(position, uniform, temperature, top_k, top_p, min_p, repetition_penalty, text)
                 text, written = torch.cat((text, ids[:, None]), dim=1), written + 1
                 yield ids.cpu()
-                if ids.tolist() != [draft]:
+                if draft is None or ids.item() != draft:
                     break
                 T += 1  # the draft is in the cache already
 
@@ -618,15 +623,13 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 class Index:
-    """Finds in a corpus, a uint16 array, where the end of a text stands too, and what follows there.
+    """Finds where a text's last ids stand in a corpus, an array of ids (n ≥ 4,), and what follows there.
 
     It holds each run of four ids as one uint64, sorted: 12 bytes an id, of the first 10 million, which take a
     few seconds. Drafts from a corpus: REST, https://arxiv.org/abs/2311.08252. `passes` counts the proposals.
     """
     def __init__(self, ids):
-        self.ids, self.passes = np.asarray(ids[:10**7]), 0
-        if len(ids) < 32:
-            self.ids = np.pad(self.ids, (0, 32))
+        self.ids, self.passes = np.asarray(ids[:10**7], dtype='<u2'), 0
         keys = self.runs(self.ids)
         order = keys.argsort(kind='stable')
         self.keys, self.ends = keys[order], (order + 4).astype(np.uint32)
@@ -639,14 +642,14 @@ class Index:
     def propose(self, text, most):
         """At most `most` ids that follow where the corpus matches the end of a text (T,) for longest.
 
-        It compares up to 32 ids at the 64 places that share the most of the last four. A longer match gives
-        more ids; one of two gives none, so a text that is not in the corpus takes no longer.
+        It compares up to 32 ids at 64 places that share most of the last four. A match of n ids gives n - 2,
+        so a text that is not in the corpus has none, and takes no longer.
         """
         self.passes += 1
         last = np.zeros(32, dtype='<u2')
         last[-len(text):] = text[-32:].tolist()
         near = self.keys.searchsorted(self.runs(last[-4:])[0])
-        ends = self.ends[max(near - 32, 0):near + 32].astype(np.int64)
+        ends = self.ends[max(near - 4, 0):near + 60].astype(np.int64)  # equal ones stand from `near` on
         same = self.ids[np.maximum(ends[:, None] - np.arange(1, 33), 0)] == last[::-1]
         lengths = same.cumprod(axis=1).sum(axis=1)
         best = lengths.argmax()
@@ -657,9 +660,13 @@ class Index:
     def holds(self, run):
         """Whether a run of ids (n,), 4 <= n <= 32, stands anywhere in the corpus."""
         run = np.array(run, dtype='<u2')
-        first, last = (self.keys.searchsorted(self.runs(run)[0], side) for side in ('left', 'right'))
-        starts = self.ends[first:last].astype(np.int64).clip(max=len(self.ids) - len(run) + 4) - 4
-        return bool((self.ids[starts[:, None] + np.arange(len(run))] == run).all(axis=1).any())
+        first, last = (self.keys.searchsorted(self.runs(run), side) for side in ('left', 'right'))
+        rarest = (last - first).argmin()
+        starts = self.ends[first[rarest]:last[rarest]].astype(np.int64) - 4 - rarest
+        starts = starts[(starts >= 0) & (starts <= len(self.ids) - len(run))]
+        for i, id in enumerate(run):
+            starts = starts[self.ids[starts + i] == id]
+        return len(starts) > 0
 
 
 CAPTURING = threading.Lock()  # captures, traces and empty models are made one at a time in a process

@@ -380,13 +380,15 @@ def load_data(dataset):
 def load_data_of(meta, dataset=''):
     """load_data()'s (train, val) that a model was trained on, or those of `dataset`; `meta` is the model's.
 
-    (None, None) if they are not here whole, or in another tokenizer.
+    (None, None) if they are not here whole, or in another tokenizer, or fewer than four ids.
     """
-    dataset = dataset or meta.get('dataset', '')
     try:
-        *splits, data_meta = load_data(dataset)
-        return splits if data_meta['tokenizer'] == meta['tokenizer'] else (None, None)
-    except (ValueError, OSError):
+        dataset = dataset or meta['dataset']
+        check_dataset(dataset)
+        train, val, data_meta = load_data(dataset)
+        same = data_meta['tokenizer'] == meta['tokenizer'] and len(train) > 3
+        return (train, val) if same else (None, None)
+    except (ValueError, OSError, AttributeError, KeyError, TypeError):  # damaged, or not here
         return None, None
 
 

@@ -78,11 +78,13 @@ print(f"{meta['path']}: {model.num_params():,} parameters, step {meta['step']:,}
 tokenizer, window = get_tokenizer(meta['tokenizer']), context or model.trained_context
 if context > model.config.block_size:
     fail(f'--context={context}: the model has {model.config.block_size} positions', 2)
-train, _ = load_data_of(meta)
+# auto: four characters match too often to say much
+train, wanted = None, drafts == 'True' or drafts == 'auto' and tokenizer.eot is not None
+if wanted and num_samples == 1 and pick_device(device) == 'cpu':
+    train, _ = load_data_of(meta)
 if drafts == 'True' and train is None:
-    fail("--drafts=True: the model's training data is not here, or not in its tokenizer; leave it out", 2)
-wanted = drafts == 'True' or drafts == 'auto' and tokenizer.eot is not None  # four characters match too often
-index = Index(train) if wanted and train is not None and num_samples == 1 else None
+    fail('--drafts=True is for one text on a CPU, with the training data in data/ as it was; leave it out', 2)
+index = None if train is None else Index(train)
 from_file = start == '-' or start.startswith('FILE:')
 text = ''.join(read_text(0 if start == '-' else start[5:])) if from_file else start
 if not interactive:
