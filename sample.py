@@ -85,6 +85,8 @@ if wanted and num_samples == 1 and pick_device(device) == 'cpu':
 if drafts == 'True' and train is None:
     fail('--drafts=True is for one text on a CPU, with the training data in data/ as it was; leave it out', 2)
 index = None if train is None else Index(train)
+if index and len(train) > len(index.ids):
+    print(f'drafts come from the first {len(index.ids):,} of {len(train):,} training tokens', file=sys.stderr)
 from_file = start == '-' or start.startswith('FILE:')
 text = ''.join(read_text(0 if start == '-' else start[5:])) if from_file else start
 if not interactive:
