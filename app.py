@@ -214,14 +214,15 @@ def updates(*inputs):
     # 8 tokens are about as much text as 30 characters
     n, unit = (30, 'characters') if state['tokenizer'].eot is None else (8, 'tokens')
     texts, shares = [], []
-    for stream in state['streams'] if state['index'] else ():
+    if not state['index']:  # the training data is not here, so nothing is marked
+        return
+    for stream in state['streams']:
         found = recited(state['ids'] + stream.ids, state['index'], n)[len(state['ids']):]
         texts.append(highlighted(stream.ids, state['tokenizer'], found))
         shares.append(f'{found.mean():.0%}')
-    if texts:
-        yield panels(state, texts), (
-            f"{status(state)}<br>{', '.join(shares)} stands word for word in the training text (marked; "
-            f'{n} {unit} or more). Models of a small text recite it.')
+    yield panels(state, texts), (
+        f"{status(state)}<br>{', '.join(shares)} stands word for word in the training text (marked; "
+        f'{n} {unit} or more). Models of a small text recite it.')
 
 
 def panels(state, texts):

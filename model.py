@@ -308,9 +308,10 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x, cache=None, where=None, mask=None):
-        """Attention of x (B, T, C). Its keys and values go into a cache (2, B, nh, S, hs), at `where`.
+        """Attention of x (B, T, C). A cache (2, B, nh, S, hs) takes its keys and values at positions `where`.
 
-        `where` is a slice, or a tensor (T,) with a mask (T, S), which says how much of the cache is read.
+        `where` is a slice, whose end is as far as the cache is read, or a tensor (T,). A mask (T, S) is added
+        to the scores, and the cache's first S positions are read.
         """
         B, T = x.shape[:2]
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
@@ -673,12 +674,12 @@ CAPTURING = threading.Lock()  # captures, traces and empty models are made one a
 
 
 def fast_step(model, cache, steps, compile='auto'):
-    """A function step(ids (B, T), cache, position) -> logits (B, T, V), for `steps` steps, the cache empty.
+    """A function step(ids (B, T), cache, position) -> logits (B, T, V), for the next `steps` steps.
 
     It is next_logits; or, with compile 'True' and with 'auto' from 64 steps on, the same step without
     Python between its operators: a CUDA graph, or a trace on a CPU (made in 0.3 s for GPT-2 small in int8).
-    A graph takes one id (T = 1), a trace any number. Large float matrices are not traced: TorchScript cannot
-    record oneDNN's product. A failure is printed.
+    A graph takes one id (T = 1), and the cache must be empty; a trace takes any number. Large float matrices
+    are not traced: TorchScript cannot record oneDNN's product. A failure is printed.
     """
     kind, c = cache[0].device.type, model.config
     large = kind == 'cpu' and not c.quantized and 4 * c.n_embd**2 >= SMALL_MATRIX

@@ -57,7 +57,7 @@ def write(prompt):
         tokens += sum(len(text.ids) for text in texts)
     print(flush=True)
     seconds = time.perf_counter() - began
-    drafted = f', {tokens / (index.passes - passes):.1f} tokens a pass' if index and index.passes else ''
+    drafted = f', {tokens / (index.passes - passes):.1f} tokens a pass' if index else ''
     print(f'{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{drafted}', file=sys.stderr)
 
 
@@ -83,7 +83,7 @@ train, wanted = None, drafts == 'True' or drafts == 'auto' and tokenizer.eot is 
 if wanted and num_samples == 1 and pick_device(device) == 'cpu':
     train, _ = load_data_of(meta)
 if drafts == 'True' and train is None:
-    fail('--drafts=True is for one text on a CPU, with the training data in data/ as it was; leave it out', 2)
+    fail("--drafts=True: needs a single text, a CPU, and the model's training data in data/; leave it out", 2)
 index = None if train is None else Index(train)
 if index and len(train) > len(index.ids):
     print(f'drafts come from the first {len(index.ids):,} of {len(train):,} training tokens', file=sys.stderr)

@@ -650,7 +650,8 @@ def test_generate_with_drafts_writes_the_same_text(gpt):
     for _ in range(60):
         settings = dict(
             temperature=rng.choice([0.0, 0.8, 1.5]), top_k=rng.choice([0, 5, 50]),
-            top_p=rng.choice([0.9, 1.0]), min_p=rng.choice([0.0, 0.1]), repetition_penalty=rng.choice([0.8, 1.0, 1.2]),
+            top_p=rng.choice([0.9, 1.0]), min_p=rng.choice([0.0, 0.1]),
+            repetition_penalty=rng.choice([0.8, 1.0, 1.2]),
             context=rng.choice([0, 8, 33]), seed=rng.randrange(99), compile=rng.choice(['False', 'True']))
         prompt, steps = torch.randint(1100, (1, rng.choice([1, 30, 90]))), rng.choice([1, 2, 90])
         plain = ids_of(gpt.generate(prompt, steps, **settings))
@@ -695,9 +696,10 @@ def test_generate_with_drafts_takes_several_ids_a_pass_when_quantized(kind):
 
 def test_generate_with_drafts_refuses_ids_that_the_model_lacks(gpt):
     prompt = torch.tensor([[5, 6, 7, 8]])
-    index = model.Index(np.array([5, 6, 7, 8, 60000, 60000, 60000], dtype='<u2'))
-    assert ids_of(gpt.generate(prompt, 30, drafts=index)).max() < 1100
-    assert torch.equal(ids_of(gpt.generate(prompt, 30, drafts=index)), ids_of(gpt.generate(prompt, 30)))
+    plain = ids_of(gpt.generate(prompt, 30, temperature=0))
+    corpus = torch.cat((prompt, plain), dim=1)[0].numpy()
+    corpus[14:] = 60000  # it is proposed after the tenth id
+    assert torch.equal(ids_of(gpt.generate(prompt, 30, temperature=0, drafts=model.Index(corpus))), plain)
 
 
 @pytest.mark.parametrize('compile', ['False', 'True'])
@@ -1809,7 +1811,8 @@ def test_train_takes_nanogpts_bins(folder):
 
 @pytest.mark.parametrize('ranks, share', [
     (4, '--batch_size=8'),
-    (2, '--batch_size=2 --gradient_accumulation_steps=4 --n_layer=3 --optimizer=muon')], ids=['batch', 'muon'])
+    (2, '--batch_size=2 --gradient_accumulation_steps=4 --n_layer=3 --optimizer=muon')],
+    ids=['batch', 'muon'])
 def test_ranks_see_what_one_process_sees(folder, ranks, share):
     args = [*TINY_RUN, '--log_interval=1', '--max_iters=10', '--overwrite', *share.split()]
     done(run('train.py', *args, '--out_dir=out/one_rank', cwd=folder))
@@ -2166,6 +2169,17 @@ def test_page_marks_what_is_recited(app):
     assert not app['recited'](ids[:20], index, 30).any()
     escaped = app['panels']({'prompt': '<b>'}, ['ok'])
     assert '<b>' not in escaped and '&lt;b&gt;' in escaped
+
+
+def test_page_marks_nothing_without_the_training_text(app, monkeypatch):
+    _, tokenizer, index = app['get_model']('')
+    state = dict(prompt='The', ids=[1], streams=[TextStream(tokenizer)], seconds=1.0, seed=1, ended='written',
+                 tokenizer=tokenizer)
+    state['streams'][0].feed(tokenizer.encode('cat')[0])
+    for known, count in ((index, 2), (None, 1)):
+        state['index'] = known
+        monkeypatch.setitem(app['updates'].__globals__, 'write', lambda *inputs: iter([state]))
+        assert len(list(app['updates']())) == count
 
 
 def test_page_lives_with_a_log_that_is_being_written(app, folder):
