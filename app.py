@@ -158,7 +158,7 @@ def write(path, prompt, seed, *numbers):
     model, tokenizer, index = get_model(path)
     prompt = prompt.encode('utf-8', 'replace').decode()  # a lone surrogate cannot be sent back
     ids = tokenizer.encode(prompt) or [tokenizer.start]
-    drafts = index if tokenizer.eot is not None else None  # four characters match too often
+    drafts = index if tokenizer.vocab_size > 2**14 else None  # ids of few match too often
     steps = model.generate(torch.tensor([ids]), seed=seed, drafts=drafts, **settings)
     state = dict(prompt=prompt, ids=ids, index=index, tokenizer=tokenizer, seed=seed, ended='writing')
     began, shown = time.perf_counter(), 0.0
@@ -247,12 +247,15 @@ def status(state):
 @functools.lru_cache(maxsize=4)
 def curve(path, changed):
     """Tables of the losses and of the learning rate by step, from a log.csv, and a line about it."""
-    log = pandas.read_csv(path, usecols=['step', 'loss', 'lr', 'train_loss', 'val_loss'])
+    log = pandas.read_csv(path)
     every = max(len(log) // 1000, 1)  # enough points; evaluations are rare, and all are kept
     log = log[log.val_loss.notna() | (log.index % every == 0) | (log.index == log.index[-1])]
     log = log.rename(columns={'loss': 'batches', 'train_loss': 'train', 'val_loss': 'validation'})
     losses = log.melt('step', ['batches', 'train', 'validation'], 'curve', 'loss').dropna()
-    return losses, log[['step', 'lr']], html.escape(f'{path}, step {log.step.iloc[-1]:,}')
+    about = f'{path}, step {log.step.iloc[-1]:,}'
+    if 'val_bpb' in log and len(measured := log.val_bpb.dropna()):
+        about += f', {measured.iloc[-1]:.3f} bits per byte of the validation text'
+    return losses, log[['step', 'lr']], html.escape(about)
 
 
 def look(choice, known):
@@ -270,7 +273,7 @@ def look(choice, known):
     if here[1] != known[1]:
         try:
             new[2:] = curve(*here[1][0])
-        except (ValueError, IndexError, KeyError, OSError):  # there is none, or it is being written
+        except (ValueError, LookupError, AttributeError, OSError):  # there is none, or it is being written
             new[2:] = None, None, 'A training in this folder shows its curve here, once log.csv holds steps.'
     return *new, here
 

@@ -5,6 +5,7 @@ them from which text. Memory use does not grow with the text.
 
 $ python prepare.py    # input.txt in GPT-2's BPE: 301,966 + 36,059 tokens, 0.2 s
 $ python prepare.py --tokenizer=char --dataset=shakespeare_char    # characters: 1,003,854 + 111,540 tokens
+$ python prepare.py --tokenizer=bpe --vocab_size=2048 --dataset=shakespeare_bpe    # its own byte pairs
 $ python prepare.py --input='books/*.txt' --dataset=books --val_fraction=0.01    # many files
 $ python prepare.py --input=stories.txt --dataset=stories --special_tokens    # <|endoftext|> ends a document
 """
@@ -13,13 +14,17 @@ import codecs
 import collections
 import contextlib
 import glob
+import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
+import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +33,8 @@ import tiktoken
 
 ENDOFTEXT = '<|endoftext|>'
 VOCABULARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'gpt2.tiktoken')
+GPT2 = {'name': 'gpt2', 'vocab_size': 50257}  # the meta of GPT-2's tokenizer
+LEARNT = 200e6  # bytes of text that a vocabulary is learnt from at most
 # how GPT-2 splits text before it merges bytes: the pattern of https://github.com/openai/tiktoken
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # the characters that \s matches in this pattern; Python's isspace() accepts four control characters more
@@ -38,18 +45,20 @@ LONG_RUN_END = re.compile(rf'(?=[{BLANKS}][^{BLANKS}])(?<=[{BLANKS}]{{10000}})')
 
 # -- tokenizers ----------------------------------------------------------------------------------------------
 
-class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding by tiktoken; the vocabulary is data/gpt2.tiktoken, never the network's."""
-    vocab_size, eot, start = 50257, 50256, 50256
-    meta = {'name': 'gpt2', 'vocab_size': 50257}
+class BPETokenizer:
+    """Byte-pair encoding by tiktoken: GPT-2's, or one learnt from a text by learn_tokenizer().
 
-    def __init__(self):
-        lines = Path(VOCABULARY).read_bytes().splitlines()
-        if len(lines) != 50256:
-            raise ValueError(f'{VOCABULARY}: {len(lines):,} lines instead of 50,256; get the file again')
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        self.encoding = tiktoken.Encoding('gpt2', pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
-                                          special_tokens={ENDOFTEXT: 50256}, explicit_n_vocab=50257)
+    `tokens` are byte strings in the order of their ids; the document end comes last.
+    """
+    def __init__(self, tokens, meta):
+        self.meta, self.vocab_size = meta, len(tokens) + 1
+        self.eot = self.start = len(tokens)
+        ranks = {token: id for id, token in enumerate(tokens)}
+        if len(ranks) != meta['vocab_size'] - 1 or not ranks.keys() >= {bytes([i]) for i in range(256)}:
+            raise ValueError(f"the {meta['name']} vocabulary is damaged: {len(ranks):,} tokens instead of "
+                             f"{meta['vocab_size'] - 1:,}, or not each single byte")
+        self.encoding = tiktoken.Encoding(meta['name'], pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                          special_tokens={ENDOFTEXT: self.eot})
 
     def encode(self, text, special_tokens=False):
         """Text -> list of ids. With special_tokens the text <|endoftext|> becomes the id eot.
@@ -99,15 +108,48 @@ class CharTokenizer:
 
 
 def get_tokenizer(meta):
-    """The tokenizer that `meta` describes: {'name': 'gpt2'} or {'name': 'char', 'characters': …}.
-
-    Raises ValueError for another name.
-    """
-    if meta['name'] == 'gpt2':
-        return GPT2Tokenizer()
+    """The tokenizer that `meta` describes, a tokenizer's own `meta`. Raises ValueError for another name."""
+    if meta['name'] == 'gpt2':  # never from the network
+        lines = Path(VOCABULARY).read_bytes().splitlines()
+        return BPETokenizer([base64.b64decode(line.split()[0]) for line in lines], GPT2)
+    if meta['name'] == 'bpe':
+        return BPETokenizer(list(map(base64.b64decode, meta['tokens'].split())), meta)
     if meta['name'] == 'char':
         return CharTokenizer(meta['characters'])
-    raise ValueError(f"tokenizer {meta['name']!r} is not one of gpt2, char")
+    raise ValueError(f"tokenizer {meta['name']!r} is not one of gpt2, bpe, char")
+
+
+def learn_tokenizer(blocks, share, vocab_size):
+    """The meta of a bpe tokenizer learnt from a `share` of the blocks of a text, evenly spread.
+
+    Its tokens are the 256 bytes and the merges of the most frequent pairs, fewer than asked for if the text
+    has no more pairs. Raises ValueError if rustbpe is not installed.
+    """
+    try:
+        import rustbpe
+    except ImportError:
+        raise ValueError('rustbpe, which learns a bpe vocabulary, is missing: pip install rustbpe') from None
+    learner = rustbpe.Tokenizer()
+    chosen = (block for i, block in enumerate(blocks) if block and int((i + 1) * share) > int(i * share))
+    learner.train_from_iterator(filter(None, cut_exactly(chosen)), vocab_size - 1, buffer_size=64,
+                                pattern=GPT2_PATTERN)
+    tokens = [base64.b64encode(bytes(token)).decode() for token, id in learner.get_mergeable_ranks()]
+    return {'name': 'bpe', 'vocab_size': len(tokens) + 1, 'tokens': ' '.join(tokens)}
+
+
+def byte_lengths(tokenizer):
+    """The bytes of each id's text, (vocab_size,); 0 for the document end, which is not text."""
+    return np.array([len(tokenizer.decode_bytes([id])) * (id != tokenizer.eot)
+                     for id in range(tokenizer.vocab_size)])
+
+
+def bits_per_nat(tokens, tokenizer, size=0):
+    """What turns a mean loss over these ids, in nats an id, into bits a byte of their text, `size` bytes.
+
+    Without `size` the bytes are counted.
+    """
+    lengths, parts = byte_lengths(tokenizer), np.array_split(tokens, len(tokens) // 2**24 + 1)
+    return len(tokens) / (size or sum(int(lengths[part].sum()) for part in parts)) / math.log(2)
 
 
 def hugging_face_tokenizer(tokenizer, context):
@@ -123,7 +165,11 @@ def hugging_face_tokenizer(tokenizer, context):
         fast = tokenizers.Tokenizer(tokenizers.models.BPE(tokenizer.ids, []))
         fast.decoder = tokenizers.decoders.Fuse()
         return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **settings)
-    vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(VOCABULARY)
+    with tempfile.NamedTemporaryFile() as f:  # in tiktoken's format
+        for token, id in tokenizer.encoding._mergeable_ranks.items():
+            f.write(b'%s %d\n' % (base64.b64encode(token), id))
+        f.flush()
+        vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(f.name)
     vocab[ENDOFTEXT] = tokenizer.eot
     return transformers.GPT2Tokenizer(vocab=vocab, merges=merges, **settings)
 
@@ -195,14 +241,19 @@ def find_files(input):
     return files
 
 
-def read_text(path, digest=None):
-    """Yield the text of a UTF-8 file in blocks, newlines unchanged; path 0 is standard input.
+def open_bytes(path):
+    """A file to read in binary, unpacked if it is a .gz."""
+    return (gzip.open if str(path).endswith('.gz') else open)(path, 'rb')
 
-    Adds the file's bytes to the hash `digest`. Raises ValueError with the position of a byte that is not
+
+def read_text(path, digest=None):
+    """Yield the text of a UTF-8 file, plain or .gz, in blocks, newlines unchanged; path 0 is standard input.
+
+    Adds the text's bytes to the hash `digest`. Raises ValueError with the position of a byte that is not
     UTF-8.
     """
     decoder, done = codecs.getincrementaldecoder('utf-8')(), 0
-    with open(path, 'rb') as f:
+    with open_bytes(path) as f:
         try:
             while block := f.read(2**16):
                 done += len(block)
@@ -217,11 +268,39 @@ def read_text(path, digest=None):
 
 
 def read_documents(files, joiner, digest=None):
-    """Yield the blocks of all files; between two files yield `joiner`, a string or None."""
+    """Yield the blocks of all documents; between two yield `joiner`, a string or None.
+
+    A document is a file, or a line's `text` in a .jsonl or .jsonl.gz file.
+    """
     for path in files:
         if path != files[0]:
             yield joiner
-        yield from read_text(path, digest)
+        try:
+            if path.endswith(('.jsonl', '.jsonl.gz')):
+                yield from read_json_lines(path, joiner, digest)
+            else:
+                yield from read_text(path, digest)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f'{path}: damaged: {error}; get the file again') from None
+
+
+def read_json_lines(path, joiner, digest=None):
+    """Yield the `text` of each line of a .jsonl file, and `joiner` between two.
+
+    Raises ValueError with the number of a line that has none.
+    """
+    with open_bytes(path) as f:
+        for number, line in enumerate(f, 1):
+            if digest:
+                digest.update(line)
+            try:
+                text = json.loads(line)['text']
+                text.encode()  # raises ValueError for half of a surrogate pair
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; mend it') from None
+            if number > 1:
+                yield joiner
+            yield text
 
 
 def split_at(cut, blocks):
@@ -270,16 +349,17 @@ def computed_ahead(pool, f, items, ahead):
 
 
 def write_tokens(path, tokenizer, blocks, special_tokens):
-    """Encode blocks on all cores into a file of uint16; yield how many characters and ids were written."""
+    """Encode blocks on all cores into a file of uint16; yield the (characters, ids, bytes) of each piece."""
     def encode(piece):
         ids = [tokenizer.eot] if piece is None else tokenizer.encode(piece, special_tokens)
-        return len(piece or ''), np.array(ids, dtype='<u2')
+        ids = np.array(ids, dtype='<u2')
+        return ids, (len(piece or ''), len(ids), int(lengths[ids].sum()))
 
-    cores = os.cpu_count() or 1
+    cores, lengths = os.cpu_count() or 1, byte_lengths(tokenizer)
     with open(path, 'wb') as f, ThreadPoolExecutor(cores) as pool:  # threads: tiktoken releases the GIL
-        for characters, ids in computed_ahead(pool, encode, cut_exactly(blocks), 4 * cores):
+        for ids, counts in computed_ahead(pool, encode, cut_exactly(blocks), 4 * cores):
             f.write(ids.tobytes())
-            yield characters, len(ids)
+            yield np.array(counts)
         f.flush()
         os.fsync(f.fileno())
 
@@ -290,42 +370,59 @@ def check_dataset(dataset):
         raise ValueError("give the name of a folder below data/, such as 'shakespeare'")
 
 
+def check_vocab_size(size):
+    """Raise ValueError if a bpe vocabulary cannot have this many ids."""
+    if size and not 257 <= size <= 65536:
+        raise ValueError('must be 257 (256 bytes and the document end) to 65,536, or 0')
+
+
 def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1,
-            special_tokens=False, characters=''):
+            special_tokens=False, vocab_size=0, known=None):
     """Turn text into the files of data/<dataset>/; return the contents of meta.json.
 
-    The last `val_fraction` of the characters is cut off before tokenizing. Between two files stands the
-    document end, or a newline for char. A char vocabulary holds `characters`, or by default the text's own.
+    The last `val_fraction` of the characters is cut off before tokenizing. Between two documents stands the
+    document end, or a newline for char. `known` is the meta of a tokenizer to use; without it, char takes the
+    text's characters, and bpe learns a vocabulary of `vocab_size` ids from the training split (0: 512 for
+    100 kB, 2,048 for 1 MB, 4,096 from 2 MB on).
     Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were.
     """
-    began, total, found, digest = time.time(), 0, set(), hashlib.sha256()
+    began, total, size, found, digest = time.time(), 0, 0, set(), hashlib.sha256()
     files, joiner = find_files(input), '\n' if tokenizer == 'char' else None
     for block in read_documents(files, joiner, digest):  # a first reading, because the cut needs the length
-        total += len(block or '')
+        total, size = total + len(block or ''), size + len((block or '').encode('utf-8'))
         if tokenizer == 'char':
             found.update(block)
     cut = int(total * (1 - val_fraction))
     if not cut:
         raise ValueError(f'{input}: {total} characters, val_fraction {val_fraction}: none left to train on')
-    tok = get_tokenizer({'name': tokenizer, 'characters': characters or found})
-    tok.encode(''.join(sorted(found)))  # raises ValueError for one that is not in `characters`
+    if tokenizer == 'bpe' and not known:
+        share, ids = min(LEARNT / size, 1), vocab_size or min(512 << (size // 500_000).bit_length(), 4096)
+        print(f'learning {ids:,} ids from {share:.0%} of the training text', file=sys.stderr)
+        pairs = split_at(cut, read_documents(files, None))
+        training = (block for split, block in pairs if split == 'train')
+        known = learn_tokenizer(training, share, ids)
+    tok = get_tokenizer(known or {'name': tokenizer, 'characters': found})
+    tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
 
-    folder, tokens, done, shown = os.path.join('data', dataset), {}, 0, began
+    folder, counts, shown = os.path.join('data', dataset), {}, began
     os.makedirs(folder, exist_ok=True)
     pairs = split_at(cut, read_documents(files, joiner))  # all of train, then all of val
     for split, pairs_of_split in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        tokens[split], blocks = 0, (block for _, block in pairs_of_split)
-        for read, written in write_tokens(f'{folder}/{split}.bin.tmp', tok, blocks, special_tokens):
-            done, tokens[split] = done + read, tokens[split] + written
+        counts[split], blocks = np.zeros(3, np.int64), (block for _, block in pairs_of_split)
+        for written in write_tokens(f'{folder}/{split}.bin.tmp', tok, blocks, special_tokens):
+            counts[split] += written
             if time.time() - shown > 2:
-                shown = time.time()
+                shown, done = time.time(), sum(counts.values())[0]
                 print(f'{done / total:.0%} of {total:,} characters, {done / (shown - began) / 1e6:.1f} M/s, '
                       f'{(shown - began) * (total / max(done, 1) - 1):.0f} s left', file=sys.stderr)
-        print(f'{folder}/{split}.bin: {tokens[split]:,} tokens')
+        print(f'{folder}/{split}.bin: {counts[split][1]:,} tokens')
     source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
               'bytes': sum(map(os.path.getsize, files))}
-    meta = {'format_version': 1, 'tokenizer': tok.meta, 'tokens': tokens, 'source': source,
-            'val_fraction': val_fraction, 'special_tokens': special_tokens}
+    meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
+            'special_tokens': special_tokens,
+            'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size,
+            'tokens': {split: int(count[1]) for split, count in counts.items()},
+            'bytes': {split: int(count[2]) for split, count in counts.items()}}
     replace_data(folder, meta)
     seconds = time.time() - began
     print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of '
@@ -356,7 +453,7 @@ def load_data(dataset):
     not fit meta.json, and for nanoGPT's char data: its meta.pkl, a pickle, could run any code.
     """
     folder, splits = os.path.join('data', dataset), []
-    meta = {'tokenizer': GPT2Tokenizer.meta}
+    meta = {'tokenizer': GPT2}
     if os.path.exists(f'{folder}/meta.json'):
         try:
             meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
@@ -395,9 +492,10 @@ def load_data_of(meta, dataset=''):
 def check_data(dataset, meta, wanted):
     """Raise ValueError if the data of this meta differ from what is wanted.
 
-    Of the dict `wanted`, only tokenizer, val_fraction and input count. An input is compared by its contents.
+    Of the dict `wanted`, only tokenizer, vocab_size, val_fraction and input count; input by its contents.
     """
-    has = {**meta, 'tokenizer': meta['tokenizer']['name'], 'input': meta.get('source', {}).get('input')}
+    has = {'vocab_size': meta['tokenizer']['vocab_size'], **meta, 'tokenizer': meta['tokenizer']['name'],
+           'input': meta.get('source', {}).get('input')}
     for key, value in wanted.items():
         same = has.get(key) in (value, None)  # None: nanoGPT's data, which do not say
         if key == 'input' and has['input']:
@@ -410,13 +508,17 @@ def check_data(dataset, meta, wanted):
 
 
 if __name__ == '__main__':
-    from config import configure, fail
-    input = 'input.txt'      # UTF-8 text: a file, a folder (all of it) or a glob
+    from config import configure, fail, given
+    input = 'input.txt'      # UTF-8 text, .jsonl, or .gz of either: a file, a folder (all of it) or a glob
     dataset = 'shakespeare'  # the tokens go to data/<dataset>/
-    tokenizer = 'gpt2'       # gpt2 (50,257 byte pairs) or char (one id a character)
+    tokenizer = 'gpt2'       # gpt2 (50,257 byte pairs), bpe (learnt from the text) or char (characters)
+    vocab_size = 0           # ids of a bpe vocabulary, from 257 on; 0 = 512 to 4,096 by the text's size
     val_fraction = 0.1       # share of the characters, at the end, kept for validation; 0 = none
     special_tokens = False   # the text <|endoftext|> is the document end, not plain characters
-    configure(globals(), dict(dataset=check_dataset, tokenizer=('gpt2', 'char'), val_fraction=(0, 0.999999)))
+    configure(globals(), dict(dataset=check_dataset, tokenizer=('gpt2', 'bpe', 'char'),
+                              vocab_size=check_vocab_size, val_fraction=(0, 0.999999)))
     if special_tokens and tokenizer == 'char':
         fail('--special_tokens: a char vocabulary has no document end; leave it out, or take gpt2', 2)
-    prepare(input, dataset, tokenizer, val_fraction, special_tokens)
+    if 'vocab_size' in given and tokenizer != 'bpe':
+        fail(f'--vocab_size={vocab_size}: {tokenizer} has its own; leave it out, or take --tokenizer=bpe', 2)
+    prepare(input, dataset, tokenizer, val_fraction, special_tokens, vocab_size)

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 import torch
 
 from model import LAYERS, build, keep_freed_memory, load, replacing, save, split_loss
-from prepare import get_tokenizer, hugging_face_tokenizer, load_data_of
+from prepare import bits_per_nat, get_tokenizer, hugging_face_tokenizer, load_data_of
 
 
 def convert(weights, dtype):
@@ -168,7 +168,9 @@ if __name__ == '__main__':
     print(f"{'size, MB':20s}{size:12.1f}{megabytes(target):12.1f}")
     if tokens is not None:
         change = f'{after[0] / before[0] - 1:+.2%}   (data/{data}, {split})'
+        bits = bits_per_nat(tokens, tokenizer)
         print(f"{'loss':20s}{before[0]:12.4f}{after[0]:12.4f}  {change}")
+        print(f"{'bits per byte':20s}{before[0] * bits:12.4f}{after[0] * bits:12.4f}")
     print(f"{'tokens/s, one text':20s}{before[1]:12.1f}{after[1]:12.1f}")
     print(f"{'tokens/s, eight':20s}{before[2]:12.1f}{after[2]:12.1f}")
     print(f'{path} -> {target}, converted in {seconds:.1f} s. '

@@ -30,7 +30,7 @@ context = 0               # tokens the model attends to; 0 = as many as it was t
 seed = 1337               # text i is drawn with seed + i
 device = 'auto'           # auto, cpu, cuda, cuda:1, mps
 compile = 'auto'          # a step without Python: a CUDA graph or a trace; auto = from 64 tokens on
-drafts = 'auto'           # several ids a pass on a CPU, where the training text has them; auto = not for char
+drafts = 'auto'           # several ids a pass on a CPU, where the training text has them; auto = with gpt2
 configure(globals(), dict(
     num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_p=(0, 1), min_p=(0, 1),
     repetition_penalty=(1e-3, 1e3), seed=(0, 2**63 - 1), device=pick_device,
@@ -78,8 +78,8 @@ print(f"{meta['path']}: {model.num_params():,} parameters, step {meta['step']:,}
 tokenizer, window = get_tokenizer(meta['tokenizer']), context or model.trained_context
 if context > model.config.block_size:
     fail(f'--context={context}: the model has {model.config.block_size} positions', 2)
-# auto: four characters match too often to say much
-train, wanted = None, drafts == 'True' or drafts == 'auto' and tokenizer.eot is not None
+# auto: four ids of a small vocabulary match too often to say much
+train, wanted = None, drafts == 'True' or drafts == 'auto' and tokenizer.vocab_size > 2**14
 if wanted and num_samples == 1 and pick_device(device) == 'cpu':
     train, _ = load_data_of(meta)
 if drafts == 'True' and train is None:

@@ -5,6 +5,7 @@ $ python -m pytest -q
 """
 import contextlib
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -33,7 +34,8 @@ import model
 import train
 from model import (GPT, GPTConfig, HeadLoss, Int4Linear, Int8Linear, build, choose, filter_logits, find, load,
                    penalize, read, save, split_loss)
-from prepare import (CharTokenizer, GPT2Tokenizer, TextStream, cut_exactly, load_data, prepare, stream_texts)
+from prepare import (CharTokenizer, TextStream, bits_per_nat, cut_exactly, get_tokenizer, learn_tokenizer,
+                     load_data, prepare, stream_texts)
 from quantize import convert
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -143,11 +145,16 @@ def one_line(process, status, *words):
 
 # -- helpers: files ------------------------------------------------------------------------------------------
 
+def training_tokens(folder, dataset):
+    """How many training tokens data/<dataset>/ has in a folder."""
+    return os.path.getsize(folder / 'data' / dataset / 'train.bin') // 2
+
+
 def log_of(out):
     """The rows of a run's log.csv, without the timings."""
     with open(out / 'log.csv', encoding='utf-8', newline='') as f:
         rows = list(csv.DictReader(f))
-    columns = 'step', 'loss', 'grad_norm', 'lr', 'train_loss', 'val_loss'
+    columns = 'step', 'loss', 'grad_norm', 'lr', 'train_loss', 'val_loss', 'val_bpb'
     return [{key: row[key] for key in columns} for row in rows]
 
 
@@ -1129,7 +1136,7 @@ def test_load_refuses_nanogpts_characters(tmp_path):
 # -- prepare.py ----------------------------------------------------------------------------------------------
 
 def test_gpt2_tokenizer_equals_tiktoken(reference):
-    ours = GPT2Tokenizer()
+    ours = get_tokenizer(GPT2)
     text = open(CORPUS, encoding='utf-8', newline='').read()
     assert ours.encode(text) == reference.encode_ordinary(text)
     assert (ours.eot, ours.vocab_size) == (reference.eot_token, reference.n_vocab)
@@ -1147,7 +1154,7 @@ def test_gpt2_tokenizer_equals_tiktoken(reference):
 @pytest.mark.parametrize('blank', [' ', '\n', '\u3000'])
 def test_gpt2_tokenizer_takes_a_million_blanks(reference, blank):
     """tiktoken itself panics there; its tokens of a shorter run show the pattern."""
-    ours = GPT2Tokenizer()
+    ours = get_tokenizer(GPT2)
     for text in ('a' + blank * 150_000 + 'b', blank * 150_000, 'x' + blank * 150_000):
         assert ours.encode(text) == reference.encode_ordinary(text)
     text = 'a' + blank * 2_000_000 + 'b'
@@ -1163,6 +1170,50 @@ def test_char_tokenizer_goes_there_and_back():
         tokenizer.encode('hex')
     with pytest.raises(ValueError, match='70,000'):
         CharTokenizer(map(chr, range(70_000)))
+
+
+def corpus(characters=None):
+    with open(CORPUS, encoding='utf-8', newline='') as f:
+        return f.read(characters)
+
+
+def test_bpe_tokenizer_learns_the_same_from_a_text_in_any_blocks():
+    text = corpus(200_000)
+    whole = learn_tokenizer([text], 1, 700)
+    parts = [text[i:i + 777] for i in range(0, len(text), 777)]
+    assert whole == learn_tokenizer(parts, 1, 700)  # and so on any number of threads
+    assert whole['vocab_size'] == 700 == get_tokenizer(whole).vocab_size
+    half = learn_tokenizer(parts, 0.5, 700)
+    assert half == learn_tokenizer(parts[1::2], 1, 700) != whole
+    assert learn_tokenizer(['ab ab ab'], 1, 700)['vocab_size'] == 259  # bytes, ab, " ab", the end
+
+
+def test_bpe_tokenizer_merges_the_most_frequent_pair_first():
+    tokenizer = get_tokenizer(learn_tokenizer(['ab ' * 9 + 'zq-' * 30], 1, 300))
+    assert tokenizer.decode_bytes([256]) == b'zq'  # 30 times
+    assert tokenizer.encode('zq') == [256]
+
+
+def test_bpe_tokenizer_goes_there_and_back():
+    tokenizer = get_tokenizer(learn_tokenizer([corpus(50_000)], 1, 500))
+    for seed in range(100):
+        text = random_text(random.Random(seed), 300)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode_bytes(ids) == text.encode() and max(ids) < tokenizer.eot == 499
+        assert sum(map(tokenizer.encode, cut_exactly([text[:100], text[100:]])), []) == ids
+    assert tokenizer.encode('a<|endoftext|>b', special_tokens=True)[1] == 499
+    for meta in ({**tokenizer.meta, 'vocab_size': 501}, {**tokenizer.meta, 'tokens': 'AA=='}):
+        with pytest.raises(ValueError, match='damaged'):
+            get_tokenizer(meta)
+
+
+def test_bits_per_nat_counts_the_bytes_of_the_text():
+    learnt = get_tokenizer(learn_tokenizer(['aa'], 1, 300))
+    for tokenizer in (get_tokenizer(GPT2), CharTokenizer('añ日\n'), learnt):
+        ids, end = tokenizer.encode('aña日\n' * 30), [tokenizer.eot] * (tokenizer.eot is not None)
+        want = len(ids + end) / (30 * 8) / math.log(2)  # 1 + 2 + 1 + 3 + 1 bytes
+        assert math.isclose(bits_per_nat(np.array(ids + end), tokenizer), want)
+        assert bits_per_nat(np.array(ids + end), tokenizer, 240) == want
 
 
 def test_cut_exactly_keeps_the_tokens(reference):
@@ -1232,7 +1283,7 @@ def test_prepare_takes_folders_globs_and_document_ends(tmp_path, monkeypatch):
     os.makedirs('texts/sub')
     for name, text in (('a.txt', 'one'), ('sub/b.txt', 'two\r\n'), ('c.md', 'three')):
         (tmp_path / 'texts' / name).write_bytes(text.encode())
-    ours = GPT2Tokenizer()
+    ours = get_tokenizer(GPT2)
     prepare('texts', 'folder', val_fraction=0.0)
     assert ours.decode_bytes(load_data('folder')[0]) == b'one<|endoftext|>three<|endoftext|>two\r\n'
     prepare('texts', 'cut', val_fraction=0.5)  # after 'one' and 'thr'
@@ -1245,6 +1296,49 @@ def test_prepare_takes_folders_globs_and_document_ends(tmp_path, monkeypatch):
     for special_tokens in (False, True):
         prepare('stories.txt', 'stories', val_fraction=0.0, special_tokens=special_tokens)
         assert np.count_nonzero(load_data('stories')[0] == 50256) == special_tokens
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_prepare_takes_lines_of_json(tmp_path, monkeypatch, packed):
+    monkeypatch.chdir(tmp_path)
+    opened = gzip.open if packed else open
+    with opened('a.jsonl' + '.gz' * packed, 'wt', encoding='utf-8') as f:
+        f.write('{"text": "two\\nlines", "id": 1}\n{"text": "\\u00e9\\ud83c\\udfad"}')
+    with opened('b.txt' + '.gz' * packed, 'wt', encoding='utf-8') as f:
+        f.write('plain')
+    prepare(str(tmp_path), 'mixed', val_fraction=0.0)
+    tokens, _, meta = load_data('mixed')
+    text = 'two\nlines<|endoftext|>é🎭<|endoftext|>plain'.encode()
+    assert get_tokenizer(GPT2).decode_bytes(tokens) == text
+    assert meta['bytes'] == {'train': len(text) - 2 * 13}
+    prepare(str(tmp_path), 'characters', 'char', val_fraction=0.0)
+    tokens, _, meta = load_data('characters')
+    assert get_tokenizer(meta['tokenizer']).decode_bytes(tokens) == text.replace(b'<|endoftext|>', b'\n')
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('a.jsonl', b'{"text": "a"}\n{"txt": "b"}\n', 'a.jsonl, line 2: '),
+    ('a.jsonl', b'["text"]\n', 'a.jsonl, line 1: '), ('a.jsonl', b'{"text": 5}\n', 'a.jsonl, line 1: '),
+    ('a.jsonl', b'{"text": "\\ud800"}\n', 'line 1: '), ('a.jsonl', b'{"text": "\xff"}\n', 'line 1: '),
+    ('a.jsonl', b'[' * 100_000, 'line 1: '), ('a.txt.gz', b'plain', 'a.txt.gz: damaged'),
+    ('a.txt.gz', gzip.compress(b'words ' * 99)[:-9], 'a.txt.gz: damaged')])
+def test_prepare_names_a_bad_line_and_a_damaged_file(tmp_path, monkeypatch, name, content, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        prepare(name, 'bad')
+    assert not (tmp_path / 'data/bad/meta.json').exists()
+
+
+@pytest.mark.parametrize('size, ids', [(100_000, 512), (600_000, 1024), (1_115_394, 2048)])
+def test_prepare_chooses_a_vocabulary_by_the_text(tmp_path, monkeypatch, size, ids):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text').write_text(corpus(size), newline='')
+    meta = prepare('text', 'chosen', 'bpe')
+    assert meta['tokenizer']['vocab_size'] == ids and meta['vocab_size'] == 0
+    assert meta['bytes'] == {'train': size * 9 // 10, 'val': size - size * 9 // 10}
+    training = corpus(size)[:size * 9 // 10]
+    assert meta['tokenizer'] == learn_tokenizer([training], 1, ids)  # nothing of the validation text
 
 
 def test_prepare_refuses_bad_texts_and_loses_nothing(tmp_path, monkeypatch):
@@ -1283,7 +1377,9 @@ def test_prepare_as_a_user_runs_it(folder):
     ('--val_fraction=one', 2, 'float'),
     ('--val_fraction=1', 2, 'at most'),
     ('--input=none', 1, 'none'),
-    ('--tokenizer=bpe', 2, 'gpt2, char'),
+    ('--tokenizer=bp', 2, 'gpt2, bpe, char'),
+    ('--tokenizer=bpe --vocab_size=256', 2, '257'),
+    ('--vocab_size=300', 2, '--tokenizer=bpe'),
     ('--dataset=', 2, 'below data/'),
     ('--tokenizer=char --special_tokens', 2, 'no document end')])
 def test_prepare_refuses_in_one_line(folder, args, status, words):
@@ -1532,6 +1628,48 @@ def test_train_starts_every_preset(preset, folder, tmp_path):
         assert settings['val_fraction'] == 0 and settings['shift_windows'] is False
 
 
+@pytest.mark.parametrize('tokens, n_layer, dropout', [(5, 2, 0.2), (150_000, 4, 0.1), (10**9, 4, 0.0)])
+def test_settings_for_a_text_of_any_size(tokens, n_layer, dropout):
+    chosen = train.settings_for(tokens)
+    GPTConfig(chosen['block_size'], 512, *(chosen[key] for key in ('n_layer', 'n_head', 'n_embd')))
+    assert (chosen['n_layer'], chosen['dropout']) == (n_layer, dropout)
+
+
+def test_train_chooses_a_model_for_a_text_of_ones_own(folder, tmp_path):
+    """Every 0 is chosen, what was given stays, a resumed run keeps all, and model.pt has the best weights."""
+    (tmp_path / 'my.txt').write_text(corpus(20_000), newline='')
+    args = ['config/mine.py', '--input=my.txt', '--n_embd=32', '--n_head=2', '--eval_interval=1',
+            '--eval_iters=1', '--learning_rate=0.5', '--patience=2', '--final_eval_tokens=300',
+            '--sample_interval=0']
+    first = done(run('train.py', *args, '--max_minutes=1e-6', cwd=tmp_path))
+    chosen = train.settings_for(training_tokens(tmp_path, 'mine'))
+    assert f"chosen for {training_tokens(tmp_path, 'mine'):,} training tokens" in first.stdout
+    second = done(run('train.py', *args, '--init_from=resume', cwd=tmp_path))
+    assert 'chosen' not in second.stdout and 'no better validation loss in 2 evaluations' in second.stdout
+    about = read(tmp_path / 'out/mine/ckpt.pt')
+    for key, value in {**chosen, 'n_embd': 32, 'n_head': 2}.items():
+        assert about['settings'][key] == value
+    best, last = (read(tmp_path / f'out/mine/{name}.pt') for name in ('best', 'model'))
+    assert torch.equal(best['model']['wte.weight'], last['model']['wte.weight'])
+    assert last['step'] == about['step'] > best['step']
+
+
+def test_train_logs_bits_per_byte(folder):
+    """They are the validation loss by the bytes; a log from before they were there keeps its columns."""
+    tiny_run(folder, 'bits')
+    log, (_, val, meta) = folder / 'out/bits/log.csv', load_data(folder / 'data/tiny')
+    row = list(csv.DictReader(log.open()))[-1]
+    bits = float(row['val_loss']) * len(val) / meta['bytes']['val'] / math.log(2)
+    assert list(row)[-1] == 'val_bpb' and abs(float(row['val_bpb']) - bits) < 1e-5
+    old = '\n'.join(line.rpartition(',')[0] for line in log.read_text().splitlines()) + '\n'
+    log.write_text(old)
+    state = read(folder / 'out/bits/ckpt.pt')
+    torch.save({**state, 'state': {**state['state'], 'log_bytes': len(old)}}, folder / 'out/bits/ckpt.pt')
+    tiny_run(folder, 'bits', '--init_from=resume', '--max_iters=30')
+    assert log.read_text().startswith(old)
+    assert {len(line.split(',')) for line in log.read_text().splitlines()} == {8}
+
+
 @pytest.mark.parametrize('choice', [
     'optimizer=adamw',
     'optimizer=muon',
@@ -1565,6 +1703,7 @@ def test_train_lowers_the_loss_with_each(choice, folder):
     ('--patience=1 --eval_interval=0', 2, ['eval_interval']),
     ('--dataset=../x', 2, ['below data/']),
     ('--tokenizer=gpt2', 2, ['char', 'gpt2']),
+    ('--vocab_size=300', 2, ['vocab_size', '300']),
     ('--val_fraction=0.5', 2, ['0.1', '0.5']),
     ('--input=other.txt', 2, ['input.txt', 'other.txt']),
     ('--input=none.txt', 1, ['none.txt']),
@@ -2019,7 +2158,8 @@ def test_quantize_writes_nothing_where_too_much_is_lost(folder):
 
 @pytest.mark.parametrize('shape, dtype', [
     (WIDE, 'bfloat16'),
-    (dict(SMALL, vocab_size=65, bias=False), 'float32')], ids=['gpt2, bfloat16', 'char, no bias'])
+    (dict(SMALL, vocab_size=65, bias=False), 'float32'),
+    (dict(SMALL, vocab_size=600), 'float32')], ids=['gpt2, bfloat16', 'char, no bias', 'bpe'])
 def test_quantize_to_hugging_face_and_back(tmp_path, shape, dtype):
     transformers = pytest.importorskip('transformers', reason='pip install transformers')
     torch.manual_seed(4)
@@ -2027,7 +2167,8 @@ def test_quantize_to_hugging_face_and_back(tmp_path, shape, dtype):
     for p in gpt.parameters():
         p.data += 0.1 * torch.randn_like(p)
     V, gpt.trained_context = gpt.config.vocab_size, 48
-    tokenizer = GPT2Tokenizer() if V == 50257 else CharTokenizer(map(chr, range(10, 75)))
+    tokenizer = CharTokenizer(map(chr, range(10, 75))) if V == 65 else get_tokenizer(
+        GPT2 if V == 50257 else learn_tokenizer([corpus(100_000)], 1, V))
     save_gpt(tmp_path / 'model.pt', gpt, tokenizer.meta, 7, losses={'train': 2.0}, dataset='none',
              made_by='a test')
     args = ['--checkpoint=model.pt', '--format=hf', f'--dtype={dtype}']

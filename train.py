@@ -1,10 +1,10 @@
 """
 Train a GPT-2: from scratch, from where a run stopped, or from another model's weights.
 
-$ python train.py config/quickstart.py                      # characters, 0.6M parameters, a minute on a CPU
+$ python train.py config/quickstart.py                      # byte pairs, 0.7M parameters, a minute on a CPU
+$ python train.py config/mine.py --input=my.txt             # your text: chooses vocabulary and model by its size
 $ python train.py config/shakespeare.py --batch_size=32     # GPT-2 small (124M) until its loss is under 0.1
 $ python train.py config/shakespeare.py --init_from=resume  # goes on after Ctrl-C, a kill or a power cut
-$ python train.py --input=my.txt --dataset=mine --out_dir=out/mine --seq_len=256 --max_iters=2000
 $ python train.py config/finetune.py --init_from=gpt2       # from OpenAI's weights, or from another model
 $ python train.py config/bench.py                           # tokens/s, MFU and memory, in under a minute
 $ torchrun --nproc_per_node=8 train.py config/shakespeare.py --init_from=auto --batch_size=64  # eight GPUs
@@ -27,7 +27,8 @@ import torch.distributed as dist
 from config import configure, end, fail, given, merge, on_signals
 from model import (GPT, GPTConfig, device_name, duration, keep_freed_memory, load, pick_device, pick_dtype,
                    product, read, recited, save, split_loss)
-from prepare import check_data, check_dataset, get_tokenizer, load_data, prepare
+from prepare import (bits_per_nat, check_data, check_dataset, check_vocab_size, get_tokenizer, load_data,
+                     prepare)
 
 
 # -- optimizer -----------------------------------------------------------------------------------------------
@@ -124,6 +125,21 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
     return rates[schedule], beta1
 
 
+# training tokens from which on: layers, width, dropout, steps of 32 x 64 tokens
+SIZES = {1_000_000: (4, 128, 0.0, 2000), 150_000: (4, 192, 0.1, 1150), 0: (2, 128, 0.2, 400)}
+
+
+def settings_for(tokens):
+    """Settings for a text of this many training tokens, which take up to seven minutes on two CPU cores.
+
+    A small text is read often, so it gets a small model and dropout (https://arxiv.org/abs/2305.16264). For a
+    large one the time is the limit: a wider model would see fewer tokens (https://arxiv.org/abs/2203.15556).
+    """
+    n_layer, n_embd, dropout, max_iters = next(SIZES[least] for least in SIZES if tokens >= least)
+    return dict(n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd, block_size=64, dropout=dropout,
+                max_iters=max_iters)
+
+
 # -- batches -------------------------------------------------------------------------------------------------
 
 class Windows:
@@ -214,10 +230,11 @@ if __name__ == '__main__':
     # data
     input = 'input.txt'              # text, prepared if data/<dataset>/ is not there: a file, folder or glob
     dataset = 'shakespeare'          # tokens come from data/<dataset>/
-    tokenizer = 'gpt2'               # gpt2 or char
+    tokenizer = 'gpt2'               # gpt2, bpe (learnt from the text) or char
+    vocab_size = 0                   # ids of a bpe vocabulary; 0 = 512 to 4,096 by the text's size
     val_fraction = 0.1               # share of the text kept for validation; 0 = none
     # model
-    n_layer = 12                     # blocks
+    n_layer = 12                     # blocks; 0 here, in the next three and in max_iters = by the text's size
     n_head = 12                      # attention heads per block
     n_embd = 768                     # width, a multiple of n_head
     block_size = 1024                # positions that the model has, tokens
@@ -240,7 +257,7 @@ if __name__ == '__main__':
     beta2 = 0.95                     # decay of its mean squared gradient; nearer 1 for small batches
     grad_clip = 1.0                  # greatest gradient norm; 0 = no clipping
     # stopping
-    max_iters = 5000                 # steps
+    max_iters = 5000                 # steps; 0 = chosen by the text's size
     loss_threshold = 0.0             # stop when an epoch's mean (at most 100 steps) is under it; 0 = never
     patience = 0                     # stop after this many evaluations without a better one; 0 = never
     max_minutes = 0.0                # minutes until it stops, ready to resume; 0 = never
@@ -260,11 +277,12 @@ if __name__ == '__main__':
     deterministic = False            # repeat bit for bit on CUDA too, somewhat slower
     seed = 1337                      # of weights, order of windows, dropout
     settings = configure(globals(), dict(
-        dataset=check_dataset, device=pick_device, val_fraction=(0, 0.999999), tokenizer=('gpt2', 'char'),
-        batch_size=(1, 2**16), gradient_accumulation_steps=(1, 2**16), optimizer=('adamw', 'muon'),
-        learning_rate=(0, 1e3), schedule=('cosine', 'onecycle', 'linear', 'constant'), beta1=(0, 0.999999),
-        beta2=(0, 0.99999999), eval_iters=(1,), dtype=('auto', 'float32', 'bfloat16', 'float16'),
-        compile=('auto', 'True', 'False'), seed=(0, 2**63 - 1)),
+        dataset=check_dataset, device=pick_device, val_fraction=(0, 0.999999),
+        tokenizer=('gpt2', 'bpe', 'char'), vocab_size=check_vocab_size, batch_size=(1, 2**16),
+        gradient_accumulation_steps=(1, 2**16), optimizer=('adamw', 'muon'), learning_rate=(0, 1e3),
+        schedule=('cosine', 'onecycle', 'linear', 'constant'), beta1=(0, 0.999999), beta2=(0, 0.99999999),
+        eval_iters=(1,), dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False'),
+        seed=(0, 2**63 - 1)),
         'lower --batch_size and raise --gradient_accumulation_steps, or give --gradient_checkpointing')
 
     # -- the run: a new one, the one in out_dir, or one that starts from another model -----------------------
@@ -281,6 +299,8 @@ if __name__ == '__main__':
         replace |= files['model.pt'] not in there  # killed before its first checkpoint: nothing to keep
     checkpoint = parent = None
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
+    open_settings = {key for key in (*shape[:4], 'max_iters') if not settings[key]}  # chosen below
+    given.difference_update(open_settings)
     if start == 'resume':
         if not resumable:
             fail(f"{files['ckpt.pt']}: nothing to resume; leave out --init_from to start a run")
@@ -305,8 +325,6 @@ if __name__ == '__main__':
         print(f"{about['path']}: {parent.num_params():,} parameters, step {about['step']:,}", file=errors)
         kept = {key: getattr(parent.config, key) for key in shape}
         merge(settings, globals(), {**kept, 'tokenizer': about['tokenizer']['name']}, shape, start)
-    if seq_len > block_size:
-        fail(f'--seq_len={seq_len}: the model has {block_size} positions, its block_size', 2)
     if patience and not eval_interval:
         fail('--patience needs evaluations, but --eval_interval is 0; set --eval_interval', 2)
     # ranks share the accumulation where it divides evenly, else the batch
@@ -323,19 +341,25 @@ if __name__ == '__main__':
         backend, gpu = ('nccl', torch.device(chip)) if kind == 'cuda' else ('gloo', None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=gpu)
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
-        alphabet = about['tokenizer'].get('characters', '') if parent else ''
-        prepare(input, dataset, tokenizer, val_fraction, characters=alphabet)
+        known = about['tokenizer'] if parent else None
+        prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=known)
     if ranks > 1:
         store.set(f'rank {rank}', 'has its data')
         store.wait(['rank 0'], datetime.timedelta(days=1))  # preparing a large corpus takes long
     train_tokens, val_tokens, data_meta = load_data(dataset)
-    T, vocab_size = seq_len or block_size, data_meta['tokenizer']['vocab_size']
+    if not all(settings[key] for key in open_settings):  # another model or a checkpoint has not set them
+        merge(settings, globals(), settings_for(len(train_tokens)), (), '')
+        print(f'chosen for {len(train_tokens):,} training tokens: {n_layer} layers, {n_head} heads, width '
+              f'{n_embd}, {block_size} positions, dropout {dropout}, {max_iters:,} steps')
+    if seq_len > block_size:
+        fail(f'--seq_len={seq_len}: the model has {block_size} positions, its block_size', 2)
+    T, tok = seq_len or block_size, get_tokenizer(data_meta['tokenizer'])
     try:
         check_data(dataset, data_meta, {key: settings[key] for key in given})
-        config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
+        config = GPTConfig(block_size, tok.vocab_size, n_layer, n_head, n_embd, dropout, bias)
     except ValueError as error:
         fail(error, 2)
-    if checkpoint and checkpoint['data'] != data_meta:
+    if checkpoint and not checkpoint['data'].items() <= data_meta.items():  # an older one says less
         fail(f'data/{dataset} is not what this run was trained on; prepare that, or take another --out_dir')
     if parent and about['tokenizer'] != data_meta['tokenizer']:
         fail(f'data/{dataset} is not in the tokenizer of {start}; name another --dataset')
@@ -344,6 +368,8 @@ if __name__ == '__main__':
     train = val = Windows(train_tokens, T, chip, seed, shift_windows)
     if val_tokens is not None and len(val_tokens) > 1:  # nothing predicts the first token
         val = Windows(val_tokens, T, chip)
+    known_bytes = data_meta.get('bytes', {}).get('train' if val is train else 'val')
+    bits = bits_per_nat(val.tokens, tok, known_bytes)
     epoch_steps = max(train.count // windows_per_step, 1)
 
     # -- the model and the optimizers ------------------------------------------------------------------------
@@ -440,11 +466,14 @@ if __name__ == '__main__':
               f"{state['grad_norm']:.2f}  lr {lr:.2e}  {speed:,.0f} tok/s{mfu}  {peak_memory(chip):.1f} GB  "
               f'{left} left', flush=True)
         row = dict(step=step, loss=loss, grad_norm=state['grad_norm'], lr=f'{lr:.6e}', train_loss='',
-                   val_loss='', tokens_per_s=speed, seconds=state['seconds']) | losses
+                   val_loss='', tokens_per_s=speed, seconds=state['seconds'], val_bpb='') | losses
         if master and out_dir:
-            cells = [f'{cell:.6f}' if isinstance(cell, float) else str(cell) for cell in row.values()]
-            with open(files['log.csv'], 'a', encoding='utf-8', newline='\n') as f:  # one write for the row
-                f.write((','.join(row) + '\n' if f.tell() == 0 else '') + ','.join(cells) + '\n')
+            with open(files['log.csv'], 'a+', encoding='utf-8', newline='\n') as f:  # one write for the row
+                f.seek(0)
+                header = f.readline() or ','.join(row) + '\n'  # an older log's has no val_bpb
+                cells = [row[name] for name in header.strip().split(',')]
+                cells = [f'{cell:.6f}' if isinstance(cell, float) else str(cell) for cell in cells]
+                f.write((header if f.tell() == 0 else '') + ','.join(cells) + '\n')
                 state['log_bytes'] = f.tell()
 
     @torch.no_grad()
@@ -471,9 +500,10 @@ if __name__ == '__main__':
             losses = {'train_loss': evaluate(train), 'val_loss': evaluate(val)}
         if None in losses.values():
             return None
-        better = losses['val_loss'] < state['best_val']
+        losses['val_bpb'], better = losses['val_loss'] * bits, losses['val_loss'] < state['best_val']
         print(f"evaluation at step {step:,}: train {losses['train_loss']:.4f}, validation "
-              f"{losses['val_loss']:.4f}{', the best so far' if better else ''}", flush=True)
+              f"{losses['val_loss']:.4f}, {losses['val_bpb']:.3f} bits per byte"
+              f"{', the best so far' if better else ''}", flush=True)
         state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
         if better:
             state.update(best_val=losses['val_loss'], best_val_step=step)
@@ -527,7 +557,7 @@ if __name__ == '__main__':
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
         if sampling and step > first_step:
-            print_sample(raw_model, get_tokenizer(data_meta['tokenizer']), seed)
+            print_sample(raw_model, tok, seed)
         if saving and step > first_step:
             keep_checkpoint()
         if stop or over or signalled:
@@ -586,17 +616,24 @@ if __name__ == '__main__':
               f'at best; first step under {passed}')
     if math.isfinite(state['best_val']):
         kept = f", kept in {files['best.pt']}" if out_dir else ''
-        print(f"best        {state['best_val']:.4f} validation at step {state['best_val_step']:,}{kept}")
+        best = state['best_val']
+        print(f'best        {best:.4f} validation, {best * bits:.3f} bits per byte, at step '
+              f"{state['best_val_step']:,}{kept}")
+    if patience and out_dir and os.path.exists(files['best.pt']):  # model.pt gets the best weights
+        raw_model.load_state_dict(read(files['best.pt'])['model'])
     final, context = {}, raw_model.trained_context
     splits = {'train': train_tokens} if val is train else {'validation': val_tokens, 'train': train_tokens}
     for name, tokens in splits.items():
         with autocast():
             final[name] = split_loss(raw_model, tokens, context, final_eval_tokens, f'{name} loss')
         count = min(final_eval_tokens or len(tokens), len(tokens))
-        print(f'{name:11s} {final[name]:.4f} over {count:,} of {len(tokens):,} tokens, {context} at a time')
+        per_byte = f', {final[name] * bits:.3f} bits per byte' if tokens is val.tokens else ''
+        print(f'{name:11s} {final[name]:.4f}{per_byte} over {count:,} of {len(tokens):,} tokens, {context} '
+              'at a time')
         if not final_eval_tokens and len(tokens) > 100:
             print(f'recited     {recited(raw_model, tokens):.0%} of its 50-token continuations, greedily')
     keep('model.pt', losses=final)
+    if sample_interval:
+        print_sample(raw_model, tok, seed)
     if out_dir:
-        path = files['best.pt'] if patience and state['bad_evals'] else out_dir
-        print(f"{files['log.csv']} has the curve. Now: python sample.py --checkpoint={shlex.quote(path)}")
+        print(f"{files['log.csv']} has the curve. Now: python sample.py --checkpoint={shlex.quote(out_dir)}")
