@@ -31,6 +31,11 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 ENDOFTEXT = '<|endoftext|>'
 VOCABULARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'gpt2.tiktoken')
 GPT2 = {'name': 'gpt2', 'vocab_size': 50257}  # the meta of GPT-2's tokenizer
@@ -364,6 +369,23 @@ def write_tokens(path, tokenizer, blocks, special_tokens):
         os.fsync(f.fileno())
 
 
+def lock(folder):
+    """Make a folder and lock it until the context returned is left, or the process ends; it needs no file.
+
+    Raises ValueError if another process has locked it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    held = contextlib.ExitStack()
+    if fcntl:
+        descriptor = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'{folder}: another process writes there; wait, or name another') from None
+    return held
+
+
 def check_dataset(dataset):
     """Raise ValueError if `dataset` does not name a folder below data/."""
     if not dataset or os.path.isabs(dataset) or '..' in dataset.replace('\\', '/').split('/'):
@@ -382,8 +404,8 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
 
     The last `val_fraction` of the characters is cut off before tokenizing. Between two documents stands the
     document end, or a newline for char. `known` is the meta of a tokenizer to use; without it, char takes the
-    text's characters, and bpe learns a vocabulary of `vocab_size` ids from the training split (0: 512 for
-    100 kB, 2,048 for 1 MB, 4,096 from 2 MB on).
+    text's characters, and bpe learns a vocabulary of `vocab_size` ids from the training split (0: 1,024 for
+    texts under 400 kB, 4,096 from 1.6 MB on, else 2,048).
     Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were.
     """
     began, total, size, found, digest = time.time(), 0, 0, set(), hashlib.sha256()
@@ -396,38 +418,48 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     if not cut:
         raise ValueError(f'{input}: {total} characters, val_fraction {val_fraction}: none left to train on')
     if tokenizer == 'bpe' and not known:
-        share, ids = min(LEARNT / size, 1), vocab_size or min(512 << (size // 500_000).bit_length(), 4096)
-        print(f'learning {ids:,} ids from {share:.0%} of the training text', file=sys.stderr)
+        share, ids = min(LEARNT / size, 1), 1024 if size < 400_000 else 2048 if size < 1_600_000 else 4096
+        print(f'learning {vocab_size or ids:,} ids from {share:.0%} of the training text', file=sys.stderr)
         pairs = split_at(cut, read_documents(files, None))
         training = (block for split, block in pairs if split == 'train')
-        known = learn_tokenizer(training, share, ids)
+        known = learn_tokenizer(training, share, vocab_size or ids)
     tok = get_tokenizer(known or {'name': tokenizer, 'characters': found})
     tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
 
-    folder, counts, shown = os.path.join('data', dataset), {}, began
-    os.makedirs(folder, exist_ok=True)
-    pairs = split_at(cut, read_documents(files, joiner))  # all of train, then all of val
+    folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, joiner))
+    with lock(folder):
+        counts = write_splits(folder, tok, pairs, special_tokens, total)
+        source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
+                  'bytes': sum(map(os.path.getsize, files))}
+        meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
+                'special_tokens': special_tokens,
+                'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size,
+                'tokens': {split: int(count[1]) for split, count in counts.items()},
+                'bytes': {split: int(count[2]) for split, count in counts.items()}}
+        replace_data(folder, meta)
+    seconds = time.time() - began
+    print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of '
+          f'{input} in {seconds:.1f} s ({total / seconds / 1e6:.1f} M/s)')
+    return meta
+
+
+def write_splits(folder, tokenizer, pairs, special_tokens, total):
+    """Write pairs of a split and a block, all of train first, to .tmp files; prints the progress.
+
+    Returns {split: its numbers of (characters, ids, bytes)}.
+    """
+    counts, began = {}, time.time()
+    shown = began
     for split, pairs_of_split in itertools.groupby(pairs, key=lambda pair: pair[0]):
         counts[split], blocks = np.zeros(3, np.int64), (block for _, block in pairs_of_split)
-        for written in write_tokens(f'{folder}/{split}.bin.tmp', tok, blocks, special_tokens):
+        for written in write_tokens(f'{folder}/{split}.bin.tmp', tokenizer, blocks, special_tokens):
             counts[split] += written
             if time.time() - shown > 2:
                 shown, done = time.time(), sum(counts.values())[0]
                 print(f'{done / total:.0%} of {total:,} characters, {done / (shown - began) / 1e6:.1f} M/s, '
                       f'{(shown - began) * (total / max(done, 1) - 1):.0f} s left', file=sys.stderr)
         print(f'{folder}/{split}.bin: {counts[split][1]:,} tokens')
-    source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
-              'bytes': sum(map(os.path.getsize, files))}
-    meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
-            'special_tokens': special_tokens,
-            'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size,
-            'tokens': {split: int(count[1]) for split, count in counts.items()},
-            'bytes': {split: int(count[2]) for split, count in counts.items()}}
-    replace_data(folder, meta)
-    seconds = time.time() - began
-    print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of '
-          f'{input} in {seconds:.1f} s ({total / seconds / 1e6:.1f} M/s)')
-    return meta
+    return counts
 
 
 def replace_data(folder, meta):
@@ -512,7 +544,7 @@ if __name__ == '__main__':
     input = 'input.txt'      # UTF-8 text, .jsonl, or .gz of either: a file, a folder (all of it) or a glob
     dataset = 'shakespeare'  # the tokens go to data/<dataset>/
     tokenizer = 'gpt2'       # gpt2 (50,257 byte pairs), bpe (learnt from the text) or char (characters)
-    vocab_size = 0           # ids of a bpe vocabulary, from 257 on; 0 = 512 to 4,096 by the text's size
+    vocab_size = 0           # ids of a bpe vocabulary, from 257 on; 0 = 1,024 to 4,096 by the text's size
     val_fraction = 0.1       # share of the characters, at the end, kept for validation; 0 = none
     special_tokens = False   # the text <|endoftext|> is the document end, not plain characters
     configure(globals(), dict(dataset=check_dataset, tokenizer=('gpt2', 'bpe', 'char'),

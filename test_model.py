@@ -35,7 +35,7 @@ import train
 from model import (GPT, GPTConfig, HeadLoss, Int4Linear, Int8Linear, build, choose, filter_logits, find, load,
                    penalize, read, save, split_loss)
 from prepare import (CharTokenizer, TextStream, bits_per_nat, cut_exactly, get_tokenizer, learn_tokenizer,
-                     load_data, prepare, stream_texts)
+                     load_data, lock, prepare, stream_texts)
 from quantize import convert
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1302,16 +1302,17 @@ def test_prepare_takes_folders_globs_and_document_ends(tmp_path, monkeypatch):
 def test_prepare_takes_lines_of_json(tmp_path, monkeypatch, packed):
     monkeypatch.chdir(tmp_path)
     opened = gzip.open if packed else open
-    with opened('a.jsonl' + '.gz' * packed, 'wt', encoding='utf-8') as f:
+    os.mkdir('texts')
+    with opened('texts/a.jsonl' + '.gz' * packed, 'wt', encoding='utf-8') as f:
         f.write('{"text": "two\\nlines", "id": 1}\n{"text": "\\u00e9\\ud83c\\udfad"}')
-    with opened('b.txt' + '.gz' * packed, 'wt', encoding='utf-8') as f:
+    with opened('texts/b.txt' + '.gz' * packed, 'wt', encoding='utf-8') as f:
         f.write('plain')
-    prepare(str(tmp_path), 'mixed', val_fraction=0.0)
+    prepare('texts', 'mixed', val_fraction=0.0)
     tokens, _, meta = load_data('mixed')
     text = 'two\nlines<|endoftext|>é🎭<|endoftext|>plain'.encode()
     assert get_tokenizer(GPT2).decode_bytes(tokens) == text
     assert meta['bytes'] == {'train': len(text) - 2 * 13}
-    prepare(str(tmp_path), 'characters', 'char', val_fraction=0.0)
+    prepare('texts', 'characters', 'char', val_fraction=0.0)
     tokens, _, meta = load_data('characters')
     assert get_tokenizer(meta['tokenizer']).decode_bytes(tokens) == text.replace(b'<|endoftext|>', b'\n')
 
@@ -1330,7 +1331,7 @@ def test_prepare_names_a_bad_line_and_a_damaged_file(tmp_path, monkeypatch, name
     assert not (tmp_path / 'data/bad/meta.json').exists()
 
 
-@pytest.mark.parametrize('size, ids', [(100_000, 512), (600_000, 1024), (1_115_394, 2048)])
+@pytest.mark.parametrize('size, ids', [(100_000, 1024), (500_000, 2048)])
 def test_prepare_chooses_a_vocabulary_by_the_text(tmp_path, monkeypatch, size, ids):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'text').write_text(corpus(size), newline='')
@@ -1356,6 +1357,19 @@ def test_prepare_refuses_bad_texts_and_loses_nothing(tmp_path, monkeypatch):
     (tmp_path / 'data/kept/val.bin').write_bytes(b'123')
     with pytest.raises(ValueError, match='val.bin'):
         load_data('kept')
+
+
+def test_lock_holds_a_folder_against_another_process(folder):
+    """prepare.py and train.py are refused in one line, and nothing changes; the lock ends with its holder."""
+    before = contents_of(folder / 'data/tiny'), contents_of(folder / 'out/tiny')
+    with lock(folder / 'data/tiny'), lock(folder / 'out/tiny'):
+        for script, args in (('prepare.py', ['--dataset=tiny']), ('train.py', [*TINY_RUN, '--overwrite'])):
+            out = ['--out_dir=out/tiny'] * (script == 'train.py')
+            one_line(run(script, *args, *out, cwd=folder), 1, 'another process')
+    assert before == (contents_of(folder / 'data/tiny'), contents_of(folder / 'out/tiny'))
+    code = "import os, prepare; prepare.lock('locked'); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, '-c', code], cwd=folder, env={**os.environ, 'PYTHONPATH': HERE})
+    lock(folder / 'locked').close()
 
 
 def test_prepare_imports_no_torch():

@@ -2,7 +2,7 @@
 Train a GPT-2: from scratch, from where a run stopped, or from another model's weights.
 
 $ python train.py config/quickstart.py                      # byte pairs, 0.7M parameters, a minute on a CPU
-$ python train.py config/mine.py --input=my.txt             # your text: chooses vocabulary and model by its size
+$ python train.py config/mine.py --input=my.txt             # your text: picks vocabulary and model by its size
 $ python train.py config/shakespeare.py --batch_size=32     # GPT-2 small (124M) until its loss is under 0.1
 $ python train.py config/shakespeare.py --init_from=resume  # goes on after Ctrl-C, a kill or a power cut
 $ python train.py config/finetune.py --init_from=gpt2       # from OpenAI's weights, or from another model
@@ -28,7 +28,7 @@ from config import configure, end, fail, given, merge, on_signals
 from model import (GPT, GPTConfig, device_name, duration, keep_freed_memory, load, pick_device, pick_dtype,
                    product, read, recited, save, split_loss)
 from prepare import (bits_per_nat, check_data, check_dataset, check_vocab_size, get_tokenizer, load_data,
-                     prepare)
+                     lock, prepare)
 
 
 # -- optimizer -----------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ if __name__ == '__main__':
     input = 'input.txt'              # text, prepared if data/<dataset>/ is not there: a file, folder or glob
     dataset = 'shakespeare'          # tokens come from data/<dataset>/
     tokenizer = 'gpt2'               # gpt2, bpe (learnt from the text) or char
-    vocab_size = 0                   # ids of a bpe vocabulary; 0 = 512 to 4,096 by the text's size
+    vocab_size = 0                   # ids of a bpe vocabulary; 0 = 1,024 to 4,096 by the text's size
     val_fraction = 0.1               # share of the text kept for validation; 0 = none
     # model
     n_layer = 12                     # blocks; 0 here, in the next three and in max_iters = by the text's size
@@ -420,7 +420,7 @@ if __name__ == '__main__':
                  made_by='train.py ' + ' '.join(sys.argv[1:]))
     checkpoint = parent = kept = None  # frees their memory
     if master and out_dir:
-        os.makedirs(out_dir, exist_ok=True)
+        lock(out_dir)
         for path in there if start != 'resume' else ():
             os.remove(path)
         if os.path.exists(files['log.csv']):  # the run writes the rows after the checkpoint again
