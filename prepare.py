@@ -154,7 +154,7 @@ def bits_per_nat(tokens, tokenizer, size=0):
     Without `size` the bytes are counted.
     """
     lengths, parts = byte_lengths(tokenizer), np.array_split(tokens, len(tokens) // 2**24 + 1)
-    return len(tokens) / (size or sum(int(lengths[part].sum()) for part in parts)) / math.log(2)
+    return len(tokens) / (size or sum(int(lengths[part].sum()) for part in parts) or 1) / math.log(2)
 
 
 def hugging_face_tokenizer(tokenizer, context):
@@ -369,21 +369,23 @@ def write_tokens(path, tokenizer, blocks, special_tokens):
         os.fsync(f.fileno())
 
 
-def lock(folder):
-    """Make a folder and lock it until the context returned is left, or the process ends; it needs no file.
+class FolderLock:
+    """Keeps other processes from writing to a folder while this object lives; makes the folder, but no file.
 
-    Raises ValueError if another process has locked it.
+    Raises ValueError if another process holds the lock.
     """
-    os.makedirs(folder, exist_ok=True)
-    held = contextlib.ExitStack()
-    if fcntl:
-        descriptor = os.open(folder, os.O_RDONLY)
-        held.callback(os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f'{folder}: another process writes there; wait, or name another') from None
-    return held
+    def __init__(self, folder):
+        os.makedirs(folder, exist_ok=True)
+        if fcntl:
+            self.descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f'{folder}: another process writes there; wait, or name another') from None
+
+    def __del__(self):
+        if fcntl:
+            os.close(self.descriptor)
 
 
 def check_dataset(dataset):
@@ -427,16 +429,16 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
 
     folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, joiner))
-    with lock(folder):
-        counts = write_splits(folder, tok, pairs, special_tokens, total)
-        source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
-                  'bytes': sum(map(os.path.getsize, files))}
-        meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
-                'special_tokens': special_tokens,
-                'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size,
-                'tokens': {split: int(count[1]) for split, count in counts.items()},
-                'bytes': {split: int(count[2]) for split, count in counts.items()}}
-        replace_data(folder, meta)
+    _lock = FolderLock(folder)  # until the return
+    counts = write_splits(folder, tok, pairs, special_tokens, total)
+    source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
+              'bytes': sum(map(os.path.getsize, files))}
+    meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
+            'special_tokens': special_tokens,
+            'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size,
+            'tokens': {split: int(count[1]) for split, count in counts.items()},
+            'bytes': {split: int(count[2]) for split, count in counts.items()}}
+    replace_data(folder, meta)
     seconds = time.time() - began
     print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of '
           f'{input} in {seconds:.1f} s ({total / seconds / 1e6:.1f} M/s)')

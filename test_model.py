@@ -5,6 +5,7 @@ $ python -m pytest -q
 """
 import contextlib
 import csv
+import gc
 import gzip
 import hashlib
 import io
@@ -34,8 +35,8 @@ import model
 import train
 from model import (GPT, GPTConfig, HeadLoss, Int4Linear, Int8Linear, build, choose, filter_logits, find, load,
                    penalize, read, save, split_loss)
-from prepare import (CharTokenizer, TextStream, bits_per_nat, cut_exactly, get_tokenizer, learn_tokenizer,
-                     load_data, lock, prepare, stream_texts)
+from prepare import (CharTokenizer, FolderLock, TextStream, bits_per_nat, cut_exactly, get_tokenizer,
+                     learn_tokenizer, load_data, prepare, stream_texts)
 from quantize import convert
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -86,6 +87,7 @@ def run(script, *args, cwd, stdin=''):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             torch.use_deterministic_algorithms(False)
+    gc.collect()  # frees what would end with a process: the lock on its folder
     for stream in streams[1:]:
         stream.flush()
     out, err = (stream.buffer.getvalue().decode(errors='replace') for stream in streams[1:])
@@ -1359,17 +1361,18 @@ def test_prepare_refuses_bad_texts_and_loses_nothing(tmp_path, monkeypatch):
         load_data('kept')
 
 
-def test_lock_holds_a_folder_against_another_process(folder):
+def test_folder_lock_holds_a_folder_against_another_process(folder):
     """prepare.py and train.py are refused in one line, and nothing changes; the lock ends with its holder."""
     before = contents_of(folder / 'data/tiny'), contents_of(folder / 'out/tiny')
-    with lock(folder / 'data/tiny'), lock(folder / 'out/tiny'):
-        for script, args in (('prepare.py', ['--dataset=tiny']), ('train.py', [*TINY_RUN, '--overwrite'])):
-            out = ['--out_dir=out/tiny'] * (script == 'train.py')
-            one_line(run(script, *args, *out, cwd=folder), 1, 'another process')
+    held = [FolderLock(folder / name) for name in ('data/tiny', 'out/tiny')]
+    for script, args in (('prepare.py', ['--dataset=tiny']), ('train.py', [*TINY_RUN, '--overwrite'])):
+        out = ['--out_dir=out/tiny'] * (script == 'train.py')
+        one_line(run(script, *args, *out, cwd=folder), 1, 'another process')
+    del held
     assert before == (contents_of(folder / 'data/tiny'), contents_of(folder / 'out/tiny'))
-    code = "import os, prepare; prepare.lock('locked'); os.kill(os.getpid(), 9)"
+    code = "import os, prepare; lock = prepare.FolderLock('locked'); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, '-c', code], cwd=folder, env={**os.environ, 'PYTHONPATH': HERE})
-    lock(folder / 'locked').close()
+    FolderLock(folder / 'locked')
 
 
 def test_prepare_imports_no_torch():
@@ -1658,11 +1661,14 @@ def test_train_chooses_a_model_for_a_text_of_ones_own(folder, tmp_path):
     first = done(run('train.py', *args, '--max_minutes=1e-6', cwd=tmp_path))
     chosen = train.settings_for(training_tokens(tmp_path, 'mine'))
     assert f"chosen for {training_tokens(tmp_path, 'mine'):,} training tokens" in first.stdout
-    second = done(run('train.py', *args, '--init_from=resume', cwd=tmp_path))
+    second = done(run('train.py', *args, '--init_from=resume', '--max_minutes=0', cwd=tmp_path))
     assert 'chosen' not in second.stdout and 'no better validation loss in 2 evaluations' in second.stdout
     about = read(tmp_path / 'out/mine/ckpt.pt')
     for key, value in {**chosen, 'n_embd': 32, 'n_head': 2}.items():
         assert about['settings'][key] == value
+    more = ['config/mine.py', '--init_from=out/mine', '--out_dir=out/more', '--max_minutes=1e-6']
+    third = done(run('train.py', *more, cwd=tmp_path)).stdout  # the shape is the other model's
+    assert f"2 layers, 2 heads, width 32, 64 positions, dropout 0.2, {chosen['max_iters']}" in third
     best, last = (read(tmp_path / f'out/mine/{name}.pt') for name in ('best', 'model'))
     assert torch.equal(best['model']['wte.weight'], last['model']['wte.weight'])
     assert last['step'] == about['step'] > best['step']

@@ -27,8 +27,8 @@ import torch.distributed as dist
 from config import configure, end, fail, given, merge, on_signals
 from model import (GPT, GPTConfig, device_name, duration, keep_freed_memory, load, pick_device, pick_dtype,
                    product, read, recited, save, split_loss)
-from prepare import (bits_per_nat, check_data, check_dataset, check_vocab_size, get_tokenizer, load_data,
-                     lock, prepare)
+from prepare import (FolderLock, bits_per_nat, check_data, check_dataset, check_vocab_size, get_tokenizer,
+                     load_data, prepare)
 
 
 # -- optimizer -----------------------------------------------------------------------------------------------
@@ -299,8 +299,8 @@ if __name__ == '__main__':
         replace |= files['model.pt'] not in there  # killed before its first checkpoint: nothing to keep
     checkpoint = parent = None
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
-    open_settings = {key for key in (*shape[:4], 'max_iters') if not settings[key]}  # chosen below
-    given.difference_update(open_settings)
+    to_choose = {key for key in (*shape[:4], 'max_iters') if not settings[key]}
+    given.difference_update(to_choose)  # a 0 is not kept against a checkpoint or another model
     if start == 'resume':
         if not resumable:
             fail(f"{files['ckpt.pt']}: nothing to resume; leave out --init_from to start a run")
@@ -347,8 +347,9 @@ if __name__ == '__main__':
         store.set(f'rank {rank}', 'has its data')
         store.wait(['rank 0'], datetime.timedelta(days=1))  # preparing a large corpus takes long
     train_tokens, val_tokens, data_meta = load_data(dataset)
-    if not all(settings[key] for key in open_settings):  # another model or a checkpoint has not set them
-        merge(settings, globals(), settings_for(len(train_tokens)), (), '')
+    if not all(settings[key] for key in to_choose):
+        chosen = settings_for(len(train_tokens))
+        merge(settings, globals(), {key: chosen[key] for key in chosen if not settings[key]}, (), '')
         print(f'chosen for {len(train_tokens):,} training tokens: {n_layer} layers, {n_head} heads, width '
               f'{n_embd}, {block_size} positions, dropout {dropout}, {max_iters:,} steps')
     if seq_len > block_size:
@@ -420,7 +421,7 @@ if __name__ == '__main__':
                  made_by='train.py ' + ' '.join(sys.argv[1:]))
     checkpoint = parent = kept = None  # frees their memory
     if master and out_dir:
-        lock(out_dir)
+        lock = FolderLock(out_dir)  # until the process ends
         for path in there if start != 'resume' else ():
             os.remove(path)
         if os.path.exists(files['log.csv']):  # the run writes the rows after the checkpoint again
@@ -471,7 +472,7 @@ if __name__ == '__main__':
             with open(files['log.csv'], 'a+', encoding='utf-8', newline='\n') as f:  # one write for the row
                 f.seek(0)
                 header = f.readline() or ','.join(row) + '\n'  # an older log's has no val_bpb
-                cells = [row[name] for name in header.strip().split(',')]
+                cells = [row.get(name, '') for name in header.strip().split(',')]
                 cells = [f'{cell:.6f}' if isinstance(cell, float) else str(cell) for cell in cells]
                 f.write((header if f.tell() == 0 else '') + ','.join(cells) + '\n')
                 state['log_bytes'] = f.tell()
