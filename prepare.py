@@ -22,7 +22,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 ENDOFTEXT = '<|endoftext|>'
 VOCABULARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'gpt2.tiktoken')
@@ -116,6 +110,8 @@ def get_tokenizer(meta):
     """The tokenizer that `meta` describes, a tokenizer's own `meta`. Raises ValueError for another name."""
     if meta['name'] == 'gpt2':  # never from the network
         lines = Path(VOCABULARY).read_bytes().splitlines()
+        if len(lines) != 50256:
+            raise OSError(f'{VOCABULARY}: {len(lines):,} lines instead of 50,256; get the file again')
         return BPETokenizer([base64.b64decode(line.split()[0]) for line in lines], GPT2)
     if meta['name'] == 'bpe':
         return BPETokenizer(list(map(base64.b64decode, meta['tokens'].split())), meta)
@@ -135,9 +131,10 @@ def learn_tokenizer(blocks, share, vocab_size):
     except ImportError:
         raise ValueError('rustbpe, which learns a bpe vocabulary, is missing: pip install rustbpe') from None
     learner = rustbpe.Tokenizer()
-    chosen = (block for i, block in enumerate(blocks) if block and int((i + 1) * share) > int(i * share))
-    learner.train_from_iterator(filter(None, cut_exactly(chosen)), vocab_size - 1, buffer_size=64,
-                                pattern=GPT2_PATTERN)
+    number = itertools.count(1)  # of the blocks of text; a document end stays, for no word goes over it
+    chosen = (block for block in blocks if block is None or next(number) * share % 1 < share)
+    pieces = (piece.replace(ENDOFTEXT, '') for piece in cut_exactly(chosen) if piece)
+    learner.train_from_iterator(pieces, vocab_size - 1, buffer_size=64, pattern=GPT2_PATTERN)
     tokens = [base64.b64encode(bytes(token)).decode() for token, id in learner.get_mergeable_ranks()]
     return {'name': 'bpe', 'vocab_size': len(tokens) + 1, 'tokens': ' '.join(tokens)}
 
@@ -170,11 +167,9 @@ def hugging_face_tokenizer(tokenizer, context):
         fast = tokenizers.Tokenizer(tokenizers.models.BPE(tokenizer.ids, []))
         fast.decoder = tokenizers.decoders.Fuse()
         return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **settings)
-    with tempfile.NamedTemporaryFile() as f:  # in tiktoken's format
-        for token, id in tokenizer.encoding._mergeable_ranks.items():
-            f.write(b'%s %d\n' % (base64.b64encode(token), id))
-        f.flush()
-        vocab, merges = TikTokenConverter().extract_vocab_merges_from_model(f.name)
+    converter = TikTokenConverter()
+    converter.load_tiktoken_bpe = lambda path: tokenizer.encoding._mergeable_ranks  # no file is read
+    vocab, merges = converter.extract_vocab_merges_from_model('')
     vocab[ENDOFTEXT] = tokenizer.eot
     return transformers.GPT2Tokenizer(vocab=vocab, merges=merges, **settings)
 
@@ -298,6 +293,8 @@ def read_json_lines(path, joiner, digest=None):
         for number, line in enumerate(f, 1):
             if digest:
                 digest.update(line)
+            if not line.strip():
+                continue
             try:
                 text = json.loads(line)['text']
                 text.encode()  # raises ValueError for half of a surrogate pair
@@ -376,15 +373,18 @@ class FolderLock:
     """
     def __init__(self, folder):
         os.makedirs(folder, exist_ok=True)
-        if fcntl:
+        if os.name == 'posix':
+            import fcntl
             self.descriptor = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f'{folder}: another process writes there; wait, or name another') from None
+            except OSError:  # some network file systems have no locks
+                pass
 
     def __del__(self):
-        if fcntl:
+        if os.name == 'posix':
             os.close(self.descriptor)
 
 
@@ -410,6 +410,8 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     texts under 400 kB, 4,096 from 1.6 MB on, else 2,048).
     Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were.
     """
+    if vocab_size and tokenizer != 'bpe':
+        raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
     began, total, size, found, digest = time.time(), 0, 0, set(), hashlib.sha256()
     files, joiner = find_files(input), '\n' if tokenizer == 'char' else None
     for block in read_documents(files, joiner, digest):  # a first reading, because the cut needs the length
@@ -420,11 +422,12 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     if not cut:
         raise ValueError(f'{input}: {total} characters, val_fraction {val_fraction}: none left to train on')
     if tokenizer == 'bpe' and not known:
-        share, ids = min(LEARNT / size, 1), 1024 if size < 400_000 else 2048 if size < 1_600_000 else 4096
-        print(f'learning {vocab_size or ids:,} ids from {share:.0%} of the training text', file=sys.stderr)
+        share = min(LEARNT / size, 1)
+        ids = vocab_size or (1024 if size < 400_000 else 2048 if size < 1_600_000 else 4096)
+        print(f'learning {ids:,} ids from {size * share / 1e6:,.1f} MB of text', file=sys.stderr)
         pairs = split_at(cut, read_documents(files, None))
         training = (block for split, block in pairs if split == 'train')
-        known = learn_tokenizer(training, share, vocab_size or ids)
+        known = learn_tokenizer(training, share, ids)
     tok = get_tokenizer(known or {'name': tokenizer, 'characters': found})
     tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
 
@@ -492,7 +495,7 @@ def load_data(dataset):
         try:
             meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
             get_tokenizer(meta['tokenizer'])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f'{folder}/meta.json: damaged; prepare it again with prepare.py') from None
     elif os.path.exists(f'{folder}/meta.pkl'):
         raise ValueError(f'{folder}: its characters are in a meta.pkl, which is not read; prepare it again')
@@ -542,7 +545,7 @@ def check_data(dataset, meta, wanted):
 
 
 if __name__ == '__main__':
-    from config import configure, fail, given
+    from config import configure, fail
     input = 'input.txt'      # UTF-8 text, .jsonl, or .gz of either: a file, a folder (all of it) or a glob
     dataset = 'shakespeare'  # the tokens go to data/<dataset>/
     tokenizer = 'gpt2'       # gpt2 (50,257 byte pairs), bpe (learnt from the text) or char (characters)
@@ -553,6 +556,4 @@ if __name__ == '__main__':
                               vocab_size=check_vocab_size, val_fraction=(0, 0.999999)))
     if special_tokens and tokenizer == 'char':
         fail('--special_tokens: a char vocabulary has no document end; leave it out, or take gpt2', 2)
-    if 'vocab_size' in given and tokenizer != 'bpe':
-        fail(f'--vocab_size={vocab_size}: {tokenizer} has its own; leave it out, or take --tokenizer=bpe', 2)
     prepare(input, dataset, tokenizer, val_fraction, special_tokens, vocab_size)

@@ -168,7 +168,7 @@ if __name__ == '__main__':
     print(f"{'size, MB':20s}{size:12.1f}{megabytes(target):12.1f}")
     if tokens is not None:
         change = f'{after[0] / before[0] - 1:+.2%}   (data/{data}, {split})'
-        bits = bits_per_nat(tokens, tokenizer)
+        bits = bits_per_nat(tokens[:eval_tokens or None], tokenizer)
         print(f"{'loss':20s}{before[0]:12.4f}{after[0]:12.4f}  {change}")
         print(f"{'bits per byte':20s}{before[0] * bits:12.4f}{after[0] * bits:12.4f}")
     print(f"{'tokens/s, one text':20s}{before[1]:12.1f}{after[1]:12.1f}")

@@ -1187,6 +1187,9 @@ def test_bpe_tokenizer_learns_the_same_from_a_text_in_any_blocks():
     assert whole['vocab_size'] == 700 == get_tokenizer(whole).vocab_size
     half = learn_tokenizer(parts, 0.5, 700)
     assert half == learn_tokenizer(parts[1::2], 1, 700) != whole
+    apart = [block for part in parts for block in (part, None)]  # every part a document
+    halves = [block for part in parts[1::2] for block in (part, None)]
+    assert learn_tokenizer(apart, 0.5, 700) == learn_tokenizer(halves, 1, 700) != half
     assert learn_tokenizer(['ab ab ab'], 1, 700)['vocab_size'] == 259  # bytes, ab, " ab", the end
 
 
@@ -1396,7 +1399,7 @@ def test_prepare_as_a_user_runs_it(folder):
     ('--input=none', 1, 'none'),
     ('--tokenizer=bp', 2, 'gpt2, bpe, char'),
     ('--tokenizer=bpe --vocab_size=256', 2, '257'),
-    ('--vocab_size=300', 2, '--tokenizer=bpe'),
+    ('--vocab_size=300', 1, 'take bpe'),
     ('--dataset=', 2, 'below data/'),
     ('--tokenizer=char --special_tokens', 2, 'no document end')])
 def test_prepare_refuses_in_one_line(folder, args, status, words):
@@ -1909,18 +1912,20 @@ def test_train_resumed_takes_new_settings_and_reports_all_of_the_run(folder):
 # -- train.py: from another model ----------------------------------------------------------------------------
 
 def test_train_from_another_model_keeps_the_best(folder):
-    """From a model that knows its text, at a rate that ruins it: best.pt is the parent, to be deployed."""
+    """From a model that knows its text, at a rate that ruins it: best.pt and model.pt are the parent."""
     args = ['--dataset=wide', '--n_embd=128', '--max_iters=200', '--learning_rate=5e-3', '--warmup_iters=1',
             '--val_fraction=0.2', '--eval_interval=50']
     process = tiny_run(folder, 'parent', *args)
     process = tiny_run(folder, 'ruined', *args, '--init_from=out/parent', '--learning_rate=1', '--min_lr=1',
                        '--grad_clip=0', '--eval_interval=2', '--eval_iters=50', '--patience=2')
-    parent, best = load(folder / 'out/parent')[0], load(folder / 'out/ruined/best.pt')[0]
+    parent, best, final = (load(folder / f'out/{file}.pt')[0]
+                           for file in ('parent/model', 'ruined/best', 'ruined/model'))
     losses = [split_loss(parent, tokens, 16) for tokens in load_data(folder / 'data/wide')[:2]]
     assert f'evaluation at step 0: train {losses[0]:.4f}, validation {losses[1]:.4f}' in process.stdout
     assert 'no better validation loss in 2 evaluations' in process.stdout
-    assert 'validation at step 0, kept in' in process.stdout and 'out/ruined/best.pt' in process.stdout
-    assert all(torch.equal(a, b) for a, b in zip(parent.parameters(), best.parameters()))
+    assert f"at step 0, kept in {os.path.join('out/ruined', 'best.pt')}" in process.stdout
+    for other in (best, final):
+        assert all(torch.equal(a, b) for a, b in zip(parent.parameters(), other.parameters()))
 
 
 def test_train_from_another_model_keeps_its_characters_and_goes_on(folder):

@@ -2,7 +2,7 @@
 Train a GPT-2: from scratch, from where a run stopped, or from another model's weights.
 
 $ python train.py config/quickstart.py                      # byte pairs, 0.7M parameters, a minute on a CPU
-$ python train.py config/mine.py --input=my.txt             # your text: picks vocabulary and model by its size
+$ python train.py config/mine.py --input=my.txt             # your text; picks vocabulary and model for it
 $ python train.py config/shakespeare.py --batch_size=32     # GPT-2 small (124M) until its loss is under 0.1
 $ python train.py config/shakespeare.py --init_from=resume  # goes on after Ctrl-C, a kill or a power cut
 $ python train.py config/finetune.py --init_from=gpt2       # from OpenAI's weights, or from another model
@@ -129,14 +129,16 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
 SIZES = {1_000_000: (4, 128, 0.0, 2000), 150_000: (4, 192, 0.1, 1150), 0: (2, 128, 0.2, 400)}
 
 
-def settings_for(tokens):
+def settings_for(tokens, width=0):
     """Settings for a text of this many training tokens, which take up to seven minutes on two CPU cores.
 
     A small text is read often, so it gets a small model and dropout (https://arxiv.org/abs/2305.16264). For a
     large one the time is the limit: a wider model would see fewer tokens (https://arxiv.org/abs/2203.15556).
     """
     n_layer, n_embd, dropout, max_iters = next(SIZES[least] for least in SIZES if tokens >= least)
-    return dict(n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd, block_size=64, dropout=dropout,
+    width = width or n_embd
+    n_head = math.gcd(width, max(width // 64, 1))
+    return dict(n_layer=n_layer, n_head=n_head, n_embd=width, block_size=64, dropout=dropout,
                 max_iters=max_iters)
 
 
@@ -234,7 +236,7 @@ if __name__ == '__main__':
     vocab_size = 0                   # ids of a bpe vocabulary; 0 = 1,024 to 4,096 by the text's size
     val_fraction = 0.1               # share of the text kept for validation; 0 = none
     # model
-    n_layer = 12                     # blocks; 0 here, in the next three and in max_iters = by the text's size
+    n_layer = 12                     # blocks; 0 = by the text's size; so in the next three and max_iters
     n_head = 12                      # attention heads per block
     n_embd = 768                     # width, a multiple of n_head
     block_size = 1024                # positions that the model has, tokens
@@ -324,7 +326,8 @@ if __name__ == '__main__':
             fail(f"{about['path']}: {parent.config.quantized} cannot be trained; name the float model")
         print(f"{about['path']}: {parent.num_params():,} parameters, step {about['step']:,}", file=errors)
         kept = {key: getattr(parent.config, key) for key in shape}
-        merge(settings, globals(), {**kept, 'tokenizer': about['tokenizer']['name']}, shape, start)
+        kept['tokenizer'] = about['tokenizer']['name']
+        merge(settings, globals(), kept, kept, start)
     if patience and not eval_interval:
         fail('--patience needs evaluations, but --eval_interval is 0; set --eval_interval', 2)
     # ranks share the accumulation where it divides evenly, else the batch
@@ -348,7 +351,7 @@ if __name__ == '__main__':
         store.wait(['rank 0'], datetime.timedelta(days=1))  # preparing a large corpus takes long
     train_tokens, val_tokens, data_meta = load_data(dataset)
     if not all(settings[key] for key in to_choose):
-        chosen = settings_for(len(train_tokens))
+        chosen = settings_for(len(train_tokens), n_embd)
         merge(settings, globals(), {key: chosen[key] for key in chosen if not settings[key]}, (), '')
         print(f'chosen for {len(train_tokens):,} training tokens: {n_layer} layers, {n_head} heads, width '
               f'{n_embd}, {block_size} positions, dropout {dropout}, {max_iters:,} steps')
@@ -360,7 +363,8 @@ if __name__ == '__main__':
         config = GPTConfig(block_size, tok.vocab_size, n_layer, n_head, n_embd, dropout, bias)
     except ValueError as error:
         fail(error, 2)
-    if checkpoint and not checkpoint['data'].items() <= data_meta.items():  # an older one says less
+    older = {key: data_meta.get(key) for key in ('vocab_size', 'bytes')}  # a checkpoint may not say these
+    if checkpoint and {**older, **checkpoint['data']} != {**older, **data_meta}:
         fail(f'data/{dataset} is not what this run was trained on; prepare that, or take another --out_dir')
     if parent and about['tokenizer'] != data_meta['tokenizer']:
         fail(f'data/{dataset} is not in the tokenizer of {start}; name another --dataset')
@@ -557,7 +561,7 @@ if __name__ == '__main__':
             print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
-        if sampling and step > first_step:
+        if sampling and step > first_step and not stop:
             print_sample(raw_model, tok, seed)
         if saving and step > first_step:
             keep_checkpoint()
@@ -621,16 +625,16 @@ if __name__ == '__main__':
         print(f'best        {best:.4f} validation, {best * bits:.3f} bits per byte, at step '
               f"{state['best_val_step']:,}{kept}")
     if patience and out_dir and os.path.exists(files['best.pt']):  # model.pt gets the best weights
-        raw_model.load_state_dict(read(files['best.pt'])['model'])
+        raw_model.load_state_dict(load(files['best.pt'])[0].state_dict())
     final, context = {}, raw_model.trained_context
     splits = {'train': train_tokens} if val is train else {'validation': val_tokens, 'train': train_tokens}
     for name, tokens in splits.items():
         with autocast():
             final[name] = split_loss(raw_model, tokens, context, final_eval_tokens, f'{name} loss')
         count = min(final_eval_tokens or len(tokens), len(tokens))
-        per_byte = f', {final[name] * bits:.3f} bits per byte' if tokens is val.tokens else ''
-        print(f'{name:11s} {final[name]:.4f}{per_byte} over {count:,} of {len(tokens):,} tokens, {context} '
-              'at a time')
+        per_byte = final[name] * bits_per_nat(tokens[:count], tok)
+        print(f'{name:11s} {final[name]:.4f}, {per_byte:.3f} bits per byte, over {count:,} of '
+              f'{len(tokens):,} tokens, {context} at a time')
         if not final_eval_tokens and len(tokens) > 100:
             print(f'recited     {recited(raw_model, tokens):.0%} of its 50-token continuations, greedily')
     keep('model.pt', losses=final)

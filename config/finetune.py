@@ -1,5 +1,5 @@
 # Fine-tuning: trains GPT-2 on a text of yours and keeps the weights with the lowest validation loss.
-# python train.py config/finetune.py --input=my.txt --dataset=mine
+# python train.py config/finetune.py --input=my.txt --dataset=mine_gpt2
 # With --init_from=auto:gpt2 the same command resumes the run if there is one.
 # A step is 8,192 tokens and takes 12 s on two CPU cores with bf16.
 out_dir = 'out/finetune'

@@ -3,7 +3,6 @@
 out_dir = 'out/quickstart'
 dataset = 'shakespeare_bpe'
 tokenizer = 'bpe'
-vocab_size = 2048
 
 n_layer = 2
 n_head = 2
