@@ -633,6 +633,7 @@ if __name__ == '__main__':
             final[name] = split_loss(raw_model, tokens, context, final_eval_tokens, f'{name} loss')
         count = min(final_eval_tokens or len(tokens), len(tokens))
         per_byte = final[name] * bits_per_nat(tokens[:count], tok)
+        final.setdefault('bits per byte', per_byte)  # of the first
         print(f'{name:11s} {final[name]:.4f}, {per_byte:.3f} bits per byte, over {count:,} of '
               f'{len(tokens):,} tokens, {context} at a time')
         if not final_eval_tokens and len(tokens) > 100:
