@@ -211,8 +211,9 @@ def updates(*inputs):
     """What show() yields: the texts as they come, and at the end with the recited parts marked."""
     for state in write(*inputs):
         yield panels(state, [html.escape(stream.text) for stream in state['streams']]), status(state)
-    # 8 tokens are about as much text as 30 characters
-    n, unit = (30, 'characters') if state['tokenizer'].eot is None else (8, 'tokens')
+    # about as much text: 30 characters, 12 tokens of a small vocabulary, 8 of a large one
+    n, unit = (30, 'characters') if state['tokenizer'].eot is None else (12, 'tokens')
+    n = 8 if state['tokenizer'].vocab_size > 2**14 else n
     texts, shares = [], []
     if not state['index']:  # the training data is not here, so nothing is marked
         return
