@@ -555,5 +555,5 @@ if __name__ == '__main__':
     configure(globals(), dict(dataset=check_dataset, tokenizer=('gpt2', 'bpe', 'char'),
                               vocab_size=check_vocab_size, val_fraction=(0, 0.999999)))
     if special_tokens and tokenizer == 'char':
-        fail('--special_tokens: a char vocabulary has no document end; leave it out, or take gpt2', 2)
+        fail('--special_tokens: a char vocabulary has no document end; leave it out, or take bpe', 2)
     prepare(input, dataset, tokenizer, val_fraction, special_tokens, vocab_size)
