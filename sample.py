@@ -30,7 +30,7 @@ context = 0               # tokens the model attends to; 0 = as many as it was t
 seed = 1337               # text i is drawn with seed + i
 device = 'auto'           # auto, cpu, cuda, cuda:1, mps
 compile = 'auto'          # a step without Python: a CUDA graph or a trace; auto = from 64 tokens on
-drafts = 'auto'           # several ids a pass on a CPU, where the training text has them; auto = over 16,384 ids
+drafts = 'auto'           # several ids a pass on a CPU, by the training text; auto = over 16,384 ids in all
 configure(globals(), dict(
     num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_p=(0, 1), min_p=(0, 1),
     repetition_penalty=(1e-3, 1e3), seed=(0, 2**63 - 1), device=pick_device,
