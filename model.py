@@ -320,22 +320,24 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache[..., where, :] = qkv[1:]
             k, v = cache[..., :where.stop if mask is None else mask.size(1), :]
-        if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and 1 < T <= 512 and cache is None:
-            y = attend_in_products(q, k, v, dropout)
+        in_graph = q.is_cuda and mask is not None and T == 1
+        if in_graph or q.dtype == torch.bfloat16 and not q.is_cuda and 1 < T <= 512 and cache is None:
+            y = attend_in_products(q, k, v, dropout, mask)
         else:  # is_causal aligns top-left: right for an empty cache, and one new position needs no mask
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and bool(T > 1))
         y = y.transpose(1, 2).flatten(2)  # (B, T, C), the heads side by side again
         return F.dropout(self.c_proj(y), dropout, dropout > 0)
 
 
-def attend_in_products(q, k, v, dropout):
-    """Causal attention (B, nh, T, hs) as two plain products, for bfloat16 on a CPU; needs T x T a head.
+def attend_in_products(q, k, v, dropout, mask=None):
+    """Attention (B, nh, T, hs) as two plain products, causal or with a mask (T, S); needs T x S a head.
 
-    torch 2.13's flash kernel is slow there: 35 ms forward and backward at 8 x 12 x 256 x 64, and this 12 ms.
+    For bfloat16 on a CPU, where torch 2.13's flash kernel is slow: 35 ms forward and backward at 8 x 12 x 256
+    x 64, and this 12 ms. For one position with a mask on a GPU: 11 us, and torch 2.11's kernel 16 (H100).
     """
     B, nh, T, hs = q.shape
     q, k, v = (t.reshape(B * nh, -1, hs) for t in (q, k, v))
-    mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1) if mask is None else mask
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=hs**-0.5)
     return torch.bmm(F.dropout(scores.softmax(dim=-1), dropout), v).view(B, nh, T, hs)
 
@@ -386,15 +388,15 @@ class HeadLoss(torch.autograd.Function):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, weight = x.to(dtype), table.to(dtype)
-        grad_x, grad_table, total = torch.empty_like(x), torch.zeros_like(table), 0.0
-        rows = max(2**(25 if kind == 'cpu' else 28) // len(table), 1)
-        for i in range(0, len(x), rows):
-            part = x[i:i + rows]
-            loss, grad = HeadLoss.of_logits(logits_product(part, weight), targets[i:i + rows, None], dtype)
+        grads_x, grad_table, total = [], None, 0.0
+        parts = math.ceil(len(x) * len(table) / 2**(25 if kind == 'cpu' else 29))  # of equal size
+        for part, ids in zip(x.chunk(parts), targets.chunk(parts)):
+            loss, grad = HeadLoss.of_logits(logits_product(part, weight), ids[:, None], dtype)
             total += loss
-            grad_x[i:i + rows] = product(grad, weight.t())
-            grad_table += logits_product(grad.t(), part.t())  # on a GPU float32: float16 could overflow
-        ctx.save_for_backward(grad_x, grad_table)
+            grads_x.append(product(grad, weight.t()))
+            grad = logits_product(grad.t(), part.t())  # on a GPU float32: float16 could overflow
+            grad_table = grad.float() if grad_table is None else grad_table.add_(grad)
+        ctx.save_for_backward(torch.cat(grads_x), grad_table)
         return total / len(x)
 
     @staticmethod
@@ -410,6 +412,7 @@ class GPT(nn.Module):
         self.config = config
         self.trained_context = config.block_size  # longest window it was trained on, in tokens
         self.gradient_checkpointing = False  # save memory: run each block's forward again in backward
+        self.compiled_steps = False  # a CUDA graph's step runs the compiled blocks, see Graph
         V, C = config.padded_vocab_size, config.n_embd
         self.wte = LAYERS[config.quantized](C, V, bias=False) if config.quantized else nn.Embedding(V, C)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -457,7 +460,8 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, is_learning(self))
         again = self.gradient_checkpointing and is_learning(self)
         for block, kv in zip(self.h, cache or [None] * len(self.h)):
-            run = block if is_learning(self) else block.forward  # not compiled for each length of a text
+            compiled = is_learning(self) or static and self.compiled_steps
+            run = block if compiled else block.forward  # not compiled for each length of a text
             x = checkpoint(run, x, use_reentrant=False) if again else run(x, kv, where, mask)
         return self.ln_f(x)
 
@@ -501,6 +505,10 @@ class GPT(nn.Module):
         shape = 2, texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
         return [self.wpe.weight.new_zeros(shape) for _ in self.h]
 
+    def new_seen(self, texts):
+        """Which ids (texts, V) a text holds: none yet."""
+        return self.wpe.weight.new_zeros(texts, self.config.vocab_size, dtype=torch.bool)
+
     @torch.inference_mode()
     def next_logits(self, idx, cache, start=0):
         """Logits (B, n, V) in float32 after ids (B, T) at positions start…, which are added to the cache.
@@ -531,52 +539,95 @@ class GPT(nn.Module):
         newest half is kept and run again, so no position is one that the model was not trained on, and every
         token costs about the same. A long text depends on its last context / 2 to context tokens only.
         """
+        options = temperature, top_k, top_p, min_p, repetition_penalty
+        steps = self.steps(idx, max_new_tokens, options, num_samples, seed, context, compile, drafts)
+        # a GPU computes the next step while the last one's ids are copied and used
+        yield from a_step_behind(steps) if self.wpe.weight.is_cuda else (ids.cpu() for ids in steps)
+
+    def steps(self, idx, max_new_tokens, options, num_samples, seed, context, compile, drafts):
+        """generate()'s ids (B,), on the model's device; options are choose()'s."""
         window = min(context or self.trained_context, self.config.block_size)
         T, device = min(idx.size(1), window), self.wpe.weight.device
         idx, prompt_of = idx.to(device), torch.arange(len(idx), device=device).repeat_interleave(num_samples)
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompt_of))]
         text = idx[prompt_of]  # (B, T)
-        cache = self.new_cache(len(text), min(window, T + max_new_tokens))
+        uniforms = uniform_numbers(len(text), seed, device)
+        positions = min(window, T + max_new_tokens)
         drafts = drafts if len(text) == 1 and device.type == 'cpu' else None  # a CUDA graph runs one id alone
         lazy = drafts and self not in TRACES  # a trace takes as long as the passes of a text known by heart
-        step = self.next_logits if lazy else fast_step(self, cache, max_new_tokens, compile)
         written = passes = 0
-        while written < max_new_tokens:
-            room = min(window - T, max_new_tokens - written) - 1 if written else 0
-            drafted = drafts.propose(text[0], room) if drafts else []
-            if written == 0:  # each prompt runs once, in the cache's first rows, and is copied to its texts
-                logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
-                for kv in cache:
-                    kv[:, :, :, :T] = kv[:, prompt_of, :, :T]
-            elif T < window:
-                if lazy and passes == 8:
-                    step = fast_step(self, cache, max_new_tokens - written, compile)
-                new = ids.new_tensor([drafted] * len(ids)).clamp(max=self.config.vocab_size - 1)
-                logits = step(torch.cat((ids[:, None], new), dim=1), cache, T)
-                T, passes = T + 1, passes + 1
-            else:
-                T = max(window // 2, 1)
-                logits = self.next_logits(text[:, -T:], cache)
-            for position, draft in zip(logits.unbind(1), [*drafted, None]):
-                uniform = torch.cat([torch.rand(1, generator=one) for one in generators]).to(device)
-                ids = choose(position, uniform, temperature, top_k, top_p, min_p, repetition_penalty, text)
-                text, written = torch.cat((text, ids[:, None]), dim=1), written + 1
-                yield ids.cpu()
-                if draft is None or ids.item() != draft:
-                    break
-                T += 1  # the draft is in the cache already
+        with borrowed_graph(self, len(text), positions, options, compile, max_new_tokens) as graph:
+            cache = graph.cache if graph else self.new_cache(len(text), positions)
+            step = self.next_logits if lazy else fast_step(self, cache, max_new_tokens, compile)
+            seen = graph.seen if graph else self.new_seen(len(text))
+            seen.zero_().scatter_(1, text, True)
+            while written < max_new_tokens:
+                room = min(window - T, max_new_tokens - written) - 1 if written else 0
+                drafted = drafts.propose(text[0], room) if drafts else []
+                if written == 0:  # each prompt runs once, in the cache's first rows, and is copied to its texts
+                    logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
+                    for kv in cache:
+                        kv[:, :, :, :T] = kv[:, prompt_of, :, :T]
+                elif T == window:
+                    T = max(window // 2, 1)
+                    logits = self.next_logits(text[:, -T:], cache)
+                elif graph:
+                    logits, ids, T = None, graph.step(ids, T, next(uniforms)), T + 1
+                else:
+                    if lazy and passes == 8:
+                        step = fast_step(self, cache, max_new_tokens - written, compile)
+                    new = ids.new_tensor([drafted] * len(ids)).clamp(max=self.config.vocab_size - 1)
+                    logits = step(torch.cat((ids[:, None], new), dim=1), cache, T)
+                    T, passes = T + 1, passes + 1
+                for position, draft in zip([None] if logits is None else logits.unbind(1), [*drafted, None]):
+                    if position is not None:  # a graph chooses by itself
+                        ids = choose(position, next(uniforms), *options, seen)
+                        seen.scatter_(1, ids[:, None], True)
+                    text, written = torch.cat((text, ids[:, None]), dim=1), written + 1
+                    yield ids
+                    if draft is None or ids.item() != draft:
+                        break
+                    T += 1  # the draft is in the cache already
+
+    @torch.inference_mode()
+    def next_ids(self, ids, position, uniform, cache, seen, options):
+        """The ids (B,) that choose() takes after ids (B,) at position (1,): a step of fixed shapes."""
+        logits = self.next_logits(ids[:, None], cache, position)
+        ids = choose(logits[:, 0], uniform, *options, seen)
+        seen.scatter_(1, ids[:, None], True)
+        return ids
+
+
+def uniform_numbers(texts, seed, device):
+    """Yield uniform numbers (texts,) in [0, 1) for a step; text i draws from a generator seeded seed + i."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(texts)]
+    while True:  # drawn ahead: a copy to a GPU waits until it is done
+        yield from torch.stack([torch.rand(64, generator=one) for one in generators], dim=1).to(device)
+
+
+def a_step_behind(steps):
+    """Copies on the CPU of the ids (B,) of a GPU's steps, each given out while the next is computed."""
+    copies = []
+    for ids in steps:
+        copies.append((ids.to('cpu', non_blocking=True), torch.cuda.Event()))
+        copies[-1][1].record(torch.cuda.current_stream(ids.device))
+        while len(copies) > 1:
+            copies[0][1].synchronize()
+            yield copies.pop(0)[0]
+    for ids, done in copies:
+        done.synchronize()
+        yield ids
 
 
 @torch.inference_mode()
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-           text=None):
+           seen=None):
     """Sample ids (B,) from logits (B, V) by inverse transform: uniform (B,) holds a number in [0, 1) a row.
 
-    temperature 0 takes the likeliest id. repetition_penalty applies to the ids in text (B, T). For top_k,
+    temperature 0 takes the likeliest id. repetition_penalty applies to the ids seen (B, V). For top_k,
     top_p and min_p see filter_logits().
     """
     if repetition_penalty != 1:
-        logits = penalize(logits, text, repetition_penalty)
+        logits = penalize(logits, seen, repetition_penalty)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = filter_logits(logits, temperature, top_k, top_p, min_p)
@@ -590,13 +641,12 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
     return (choice if ids is None else ids.gather(1, choice.to(ids.device)))[:, 0].to(logits.device)
 
 
-def penalize(logits, text, penalty):
-    """Logits (B, V) with the ids in text (B, T) less likely: divided by the penalty, multiplied if negative.
+def penalize(logits, seen, penalty):
+    """Logits (B, V) with the ids seen (B, V) less likely: divided by the penalty, multiplied if negative.
 
     CTRL's (https://arxiv.org/abs/1909.05858), for prompt and text alike, as in Hugging Face.
     """
-    scores = logits.gather(1, text)
-    return logits.scatter(1, text, torch.where(scores < 0, scores * penalty, scores / penalty))
+    return logits.where(~seen, torch.where(logits < 0, logits * penalty, logits / penalty))
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -608,7 +658,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """
     ids = None
     if 0 < top_k < logits.size(1):
-        ids = logits.topk(top_k).indices.sort(dim=-1).values
+        ids = logits.topk(top_k, sorted=False).indices.sort(dim=-1).values
         logits = logits.gather(1, ids)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)  # at most 0: no overflow
     if top_p < 1:
@@ -673,25 +723,27 @@ class Index:
 CAPTURING = threading.Lock()  # captures, traces and empty models are made one at a time in a process
 
 
+def or_none(make, *args):
+    """make(*args), one at a time in a process; None if it fails, and then a line says why."""
+    try:
+        with CAPTURING:
+            return make(*args)
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:200]
+        print(f'compile failed ({reason}); going on eagerly, which is slower', file=sys.stderr)
+
+
 def fast_step(model, cache, steps, compile='auto'):
     """A function step(ids (B, T), cache, position) -> logits (B, T, V), for the next `steps` steps.
 
-    It is next_logits; or, with compile 'True' and with 'auto' from 64 steps on, the same step without
-    Python between its operators: a CUDA graph, or a trace on a CPU (made in 0.3 s for GPT-2 small in int8).
-    A graph takes one id (T = 1), and the cache must be empty; a trace takes any number. Large float matrices
-    are not traced: TorchScript cannot record oneDNN's product. A failure is printed.
+    It is next_logits; or on a CPU, with compile 'True' and with 'auto' from 64 steps on, its trace, without
+    Python between its operators (made in 0.3 s for GPT-2 small in int8). Large float matrices are not traced:
+    TorchScript cannot record oneDNN's product.
     """
-    kind, c = cache[0].device.type, model.config
-    large = kind == 'cpu' and not c.quantized and 4 * c.n_embd**2 >= SMALL_MATRIX
-    if compile == 'False' or large or kind == 'mps' or compile == 'auto' and steps < 64:
+    large = not model.config.quantized and 4 * model.config.n_embd**2 >= SMALL_MATRIX
+    if compile == 'False' or large or cache[0].device.type != 'cpu' or compile == 'auto' and steps < 64:
         return model.next_logits
-    try:
-        with CAPTURING:
-            return (capture if kind == 'cuda' else trace)(model, cache)
-    except Exception as error:
-        reason = ' '.join(str(error).split())[:200]
-        print(f'compile failed ({reason}); going on eagerly', file=sys.stderr)
-        return model.next_logits
+    return or_none(trace, model, cache) or model.next_logits
 
 
 TRACES = weakref.WeakKeyDictionary()  # for each model, its traced steps by the number of texts
@@ -711,24 +763,68 @@ def trace(model, cache):
     return step
 
 
-def capture(model, cache):
-    """next_logits on a GPU for this cache, as a CUDA graph, whose shapes and addresses are fixed."""
-    device = cache[0].device
-    ids = torch.zeros(cache[0].size(1), 1, dtype=torch.long, device=device)
-    start = torch.zeros(1, dtype=torch.long, device=device)
-    # the stream that is set here comes back when a capture fails; each graph has memory of its own
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-        model.next_logits(ids, cache, start)  # loads the kernels, which a capture must not
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
-            logits = model.next_logits(ids, cache, start)
+capture_stream = functools.cache(torch.cuda.Stream)  # one a device: each keeps a workspace of cuBLAS for ever
 
-    def step(new, cache, position):
-        ids.copy_(new)
-        start.fill_(position)
+
+def capture(run, *inputs):
+    """run(*inputs) on a GPU as a CUDA graph, which launches all of its kernels at once.
+
+    Call it with new inputs of the same shapes. Its output stands where the last call's stood.
+    """
+    device = inputs[0].device
+    stream = capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):  # a failed capture would leave its stream set
+        run(*inputs)  # loads the kernels, which a capture must not
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
+            output = run(*inputs)
+
+    def replay(*new):
+        for buffer, values in zip(inputs, new):
+            buffer[...] = values
         graph.replay()
-        return logits
-    return step
+        return output
+    return replay
+
+
+class Graph:
+    """next_ids() on a GPU as a CUDA graph, with the cache and the buffers whose addresses it has."""
+
+    def __init__(self, model, texts, positions, options, compile):
+        if compile == 'True' and not model.compiled_steps:
+            model.compile(dynamic=False)
+            model.compiled_steps = True
+        self.cache, self.seen = model.new_cache(texts, positions), model.new_seen(texts)
+        ids = torch.zeros(texts, dtype=torch.long, device=self.seen.device)
+        run = functools.partial(model.next_ids, cache=self.cache, seen=self.seen, options=options)
+        self.step = capture(run, ids, ids[:1].clone(), ids.float())  # (ids, position, uniform numbers) -> ids
+
+
+GRAPHS = weakref.WeakKeyDictionary()  # for each model, its idle graphs by what they were made for
+
+
+@contextlib.contextmanager
+def borrowed_graph(model, texts, positions, options, compile, steps):
+    """A Graph for `steps` steps, or None on a CPU and with compile 'False'; 'auto' takes it from 16 steps on.
+
+    It is made in 10 ms, or with compile 'True', which compiles the blocks too, in 10 s. Idle ones are kept.
+    """
+    if not model.wpe.weight.is_cuda or compile == 'False' or compile == 'auto' and steps < 16:
+        yield None
+        return
+    kept = GRAPHS.setdefault(model, {})
+    made_for = model, texts, math.ceil(positions / 64) * 64, options, compile  # few different ones
+    idle = kept.setdefault(made_for[1:], [])
+    with CAPTURING:
+        graph = idle.pop() if idle else None
+    graph = graph or or_none(Graph, *made_for)
+    try:
+        yield graph
+    finally:
+        if len(kept) > 8:
+            kept.clear()
+        idle.extend([graph] if graph else [])
 
 
 # -- losses --------------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ $ python -m pytest -q
 """
 import contextlib
 import csv
+import functools
 import gc
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -785,7 +787,8 @@ def test_filter_logits_equals_hugging_face(settings):
     logits, idx = 3 * torch.randn(16, 1100), torch.randint(1100, (16, 40))
     settings = dict(settings)
     penalty, temperature = settings.pop('repetition_penalty', 1.0), settings.get('temperature', 1.0)
-    ours, ids = filter_logits(penalize(logits, idx, penalty), **settings)
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, idx, True)
+    ours, ids = filter_logits(penalize(logits, seen, penalty), **settings)
     if ids is not None:
         ours = torch.full_like(logits, -math.inf).scatter(1, ids, ours)
     expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(idx, logits)
@@ -952,6 +955,91 @@ def test_trace_that_fails_leaves_single_calls(gpt, monkeypatch, capsys):
     monkeypatch.setattr(torch.jit, 'trace_module', lambda *args, **options: 1 / 0)
     assert ids_of(gpt.generate(torch.tensor([[5]]), 5, compile='True')).shape == (1, 5)
     assert 'division by zero' in capsys.readouterr().err
+
+
+def capture_on_a_cpu(run, *inputs):
+    """capture() as a test can have it: the same buffers, and an output that the next call overwrites."""
+    output = run(*inputs).clone()
+
+    def replay(*new):
+        for buffer, values in zip(inputs, new, strict=True):
+            buffer[...] = values
+        return output.copy_(run(*inputs))
+    return replay
+
+
+@pytest.mark.parametrize('options', [
+    {'temperature': 0}, {'top_k': 20}, {'top_p': 0.9, 'min_p': 0.01}, {'repetition_penalty': 1.5},
+    {'num_samples': 2, 'context': 16}, {'context': 1}], ids=str)
+def test_graph_writes_what_single_calls_write(gpt, monkeypatch, options):
+    """Within the window and beyond it, for two prompts; an idle graph is used again."""
+    made = []
+
+    @contextlib.contextmanager
+    def borrowed_graph(gpt, texts, positions, options, compile, steps):
+        if compile == 'True' and not made:
+            made.append(model.Graph(gpt, texts, 64, options, 'auto'))
+        yield made[0] if compile == 'True' else None
+    monkeypatch.setattr(model, 'capture', capture_on_a_cpu)
+    monkeypatch.setattr(model, 'borrowed_graph', borrowed_graph)
+    idx = torch.randint(1100, (2, 5))
+    for seed in 7, 8:
+        graph, plain = (torch.stack([ids.clone() for ids in gpt.generate(
+            idx, 100, seed=seed, compile=compile, **options)]) for compile in ('True', 'False'))
+        assert torch.equal(graph, plain)
+
+
+def test_graph_that_is_idle_is_lent_again(gpt, monkeypatch, capsys):
+    """To one generation at a time; a failed one leaves single calls, a few steps need none."""
+    graphs, fails = [], False
+
+    class Graph:
+        def __init__(self, *made_for):
+            assert not fails, 'out of memory'
+            graphs.append(made_for)
+    monkeypatch.setattr(model, 'Graph', Graph)
+    cuda = type('OnAGPU', (), dict(wpe=types.SimpleNamespace(weight=types.SimpleNamespace(is_cuda=True))))()
+    lend = functools.partial(model.borrowed_graph, cuda, 1)
+    with lend(40, (1.0,), 'auto', 16) as first, lend(64, (1.0,), 'auto', 16) as second:
+        assert first is not second and len(graphs) == 2 and graphs[0][2] == 64
+    with lend(50, (1.0,), 'auto', 16) as third, lend(50, (0.5,), 'auto', 16) as other:
+        assert third in (first, second) and other not in (first, second)
+    with lend(50, (1.0,), 'auto', 15) as few, lend(50, (1.0,), 'False', 99) as off:
+        assert few is off is None
+    fails = True
+    with lend(500, (1.0,), 'auto', 99) as failed:
+        assert failed is None and 'out of memory' in capsys.readouterr().err
+    with model.borrowed_graph(gpt, 1, 40, (1.0,), 'True', 99) as on_a_cpu:
+        assert on_a_cpu is None
+
+
+def test_a_step_behind_gives_all_ids_in_order(monkeypatch):
+    """Each once its copy has arrived, while the next step is already computed."""
+    computed, arrived = [], []
+
+    class Event:
+        def record(self, stream):
+            self.number = len(computed)
+
+        def synchronize(self):
+            arrived.append(self.number)
+
+    def steps():
+        for i in range(3):
+            computed.append(i)
+            yield torch.tensor([i])
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: None)
+    assert [(ids.item(), len(computed), len(arrived)) for ids in model.a_step_behind(steps())] == [
+        (0, 2, 1), (1, 3, 2), (2, 3, 3)]
+    assert arrived == [1, 2, 3]
+
+
+def test_uniform_numbers_are_those_of_a_generator_a_text():
+    ours = list(itertools.islice(model.uniform_numbers(2, 5, 'cpu'), 150))
+    for i in range(2):
+        generator = torch.Generator().manual_seed(5 + i)
+        assert [step[i].item() for step in ours] == [torch.rand(1, generator=generator).item() for _ in ours]
 
 
 # -- model.py: files -----------------------------------------------------------------------------------------
