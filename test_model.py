@@ -1973,6 +1973,28 @@ def test_train_saves_at_a_signal(folder, phase, number, monkeypatch):
     same_run(folder / 'out/tiny', folder / 'out' / out)
 
 
+@pytest.mark.parametrize('failing', ['the first two', 'ckpt.pt'])
+def test_train_goes_on_where_a_file_cannot_be_written(folder, failing, monkeypatch):
+    """The next interval tries again; exit 1 if the last state is not on the disk."""
+    real, calls = model.save, []
+
+    def full(path, *args, **more):
+        calls.append(path)
+        if failing in path or failing == 'the first two' and len(calls) <= 2:
+            raise OSError(f'{path} could not be written (No space left on device)')
+        return real(path, *args, **more)
+    monkeypatch.setattr(model, 'save', full)
+    out = f"full_{failing[:4].strip()}"
+    process = run('train.py', *TINY_RUN, f'--out_dir=out/{out}', cwd=folder)
+    assert 'step 5: ' in process.stderr and 'No space left' in process.stderr
+    if failing == 'ckpt.pt':
+        assert process.returncode == 1 and 'ckpt.pt could not be written to' in process.stderr
+        assert load(folder / 'out' / out)[1]['step'] == 20
+    else:
+        done(process)
+        same_run(folder / 'out/tiny', folder / 'out' / out)
+
+
 def test_train_ends_at_a_second_signal_inside_a_long_call(folder):
     code = ("import runpy, sys, time, model\n"
             "def forward(*args):\n    print('forward', flush=True)\n    time.sleep(0.5)\n    time.sleep(60)\n"

@@ -12,6 +12,7 @@ $ torchrun --nproc_per_node=8 train.py config/shakespeare.py --init_from=auto --
 import time
 COMMAND_BEGAN = time.time()  # torch takes seconds to import
 
+import contextlib
 import datetime
 import functools
 import math
@@ -451,12 +452,24 @@ if __name__ == '__main__':
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
     caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; what agree() returned
+    unsaved = set()  # files that could not be written when it was last tried
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
+
+    @contextlib.contextmanager
+    def tried(name):
+        """Go on if a file cannot be written: the next interval tries again."""
+        unsaved.add(name)
+        try:
+            yield
+            unsaved.remove(name)
+        except OSError as error:
+            print(f"step {state['step']:,}: {error}", file=errors)
 
     def keep(name, **more):
         """Write one of the run's model files; see save()."""
         if master and out_dir:
-            save(files[name], config, raw_model.state_dict(), step=state['step'], **facts, **more)
+            with tried(name):
+                save(files[name], config, raw_model.state_dict(), step=state['step'], **facts, **more)
 
     def keep_checkpoint():
         keep('ckpt.pt', kind='checkpoint', losses=state['losses'], settings=settings, data=data_meta,
@@ -490,12 +503,14 @@ if __name__ == '__main__':
         row = dict(step=step, loss=loss, grad_norm=state['grad_norm'], lr=f'{lr:.6e}', train_loss='',
                    val_loss='', tokens_per_s=speed, seconds=state['seconds'], val_bpb='') | losses
         if master and out_dir:
-            with open(files['log.csv'], 'a+', encoding='utf-8', newline='\n') as f:  # one write for the row
+            with tried('log.csv'), open(files['log.csv'], 'a+', encoding='utf-8', newline='\n') as f:
+                f.truncate(state['log_bytes'])  # half a row, where the disk was full
                 f.seek(0)
                 header = f.readline() or ','.join(row) + '\n'  # an older log's has no val_bpb
                 cells = [row.get(name, '') for name in header.strip().split(',')]
                 cells = [f'{cell:.6f}' if isinstance(cell, float) else str(cell) for cell in cells]
-                f.write((header if f.tell() == 0 else '') + ','.join(cells) + '\n')
+                f.write((header if f.tell() == 0 else '') + ','.join(cells) + '\n')  # one write for the row
+                f.flush()
                 state['log_bytes'] = f.tell()
 
     @torch.no_grad()
@@ -623,6 +638,7 @@ if __name__ == '__main__':
     if signalled or caught:
         number = signal.Signals(caught[0] if caught else signal.SIGTERM)
         saved = 'saved; go on with the same command and --init_from=resume' if out_dir else 'nothing kept'
+        saved = 'this step is not saved' if unsaved else saved
         print(f"\n{number.name} at step {state['step']:,}: {saved}", file=errors)
         sys.exit(128 + number)
     if not master:
@@ -658,3 +674,5 @@ if __name__ == '__main__':
         print_sample(raw_model, tok, seed)
     if out_dir:
         print(f"{files['log.csv']} has the curve. Now: python sample.py --checkpoint={shlex.quote(out_dir)}")
+    if unsaved:
+        fail(f"{', '.join(sorted(unsaved))} could not be written to {out_dir}; make room and --init_from=resume")
