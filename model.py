@@ -529,7 +529,7 @@ class GPT(nn.Module):
 
         Each prompt is continued num_samples times: B = P · num_samples, a prompt's texts side by side. Text i
         draws from a generator of its own, seeded with seed + i. For temperature to repetition_penalty see
-        choose(), for compile see fast_step(). There is no dropout, in train mode too.
+        choose(), for compile fast_step() and borrowed_graph(). There is no dropout, in train mode too.
 
         drafts, an Index, makes a single text on a CPU faster: the ids that it proposes are run in one pass,
         and those stay that choose() takes with the uniform number of their position. So the text is the same,
@@ -563,7 +563,7 @@ class GPT(nn.Module):
             while written < max_new_tokens:
                 room = min(window - T, max_new_tokens - written) - 1 if written else 0
                 drafted = drafts.propose(text[0], room) if drafts else []
-                if written == 0:  # each prompt runs once, in the cache's first rows, and is copied to its texts
+                if written == 0:  # each prompt runs once, in the cache's first rows, then is copied to its texts
                     logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
                     for kv in cache:
                         kv[:, :, :, :T] = kv[:, prompt_of, :, :T]
