@@ -563,7 +563,7 @@ class GPT(nn.Module):
             while written < max_new_tokens:
                 room = min(window - T, max_new_tokens - written) - 1 if written else 0
                 drafted = drafts.propose(text[0], room) if drafts else []
-                if written == 0:  # each prompt runs once, in the cache's first rows, then is copied to its texts
+                if written == 0:  # each prompt runs once, then is copied to its texts
                     logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
                     for kv in cache:
                         kv[:, :, :, :T] = kv[:, prompt_of, :, :T]

@@ -675,4 +675,4 @@ if __name__ == '__main__':
     if out_dir:
         print(f"{files['log.csv']} has the curve. Now: python sample.py --checkpoint={shlex.quote(out_dir)}")
     if unsaved:
-        fail(f"{', '.join(sorted(unsaved))} could not be written to {out_dir}; make room, then resume the run")
+        fail(f"{', '.join(sorted(unsaved))} could not be written to {out_dir}; make room, then resume")
