@@ -567,6 +567,8 @@ class GPT(nn.Module):
                     logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
                     for kv in cache:
                         kv[:, :, :, :T] = kv[:, prompt_of, :, :T]
+                        if graph:  # what an earlier text left is masked, but 0 times inf would be nan
+                            kv[:, :, :, T:] = 0
                 elif T == window:
                     T = max(window // 2, 1)
                     logits = self.next_logits(text[:, -T:], cache)
@@ -763,7 +765,10 @@ def trace(model, cache):
     return step
 
 
-capture_stream = functools.cache(torch.cuda.Stream)  # one a device: each keeps a workspace of cuBLAS for ever
+# Streams of a device that no living graph was captured on. They are used again, because each keeps a
+# workspace of cuBLAS; but by one graph at a time: in torch 2.13 a graph's end frees that workspace
+# (https://github.com/pytorch/pytorch/issues/193402)
+STREAMS = {}
 
 
 def capture(run, *inputs):
@@ -772,11 +777,12 @@ def capture(run, *inputs):
     Call it with new inputs of the same shapes. Its output stands where the last call's stood.
     """
     device = inputs[0].device
-    stream = capture_stream(device)
+    free = STREAMS.setdefault(device, [])
+    stream, graph = free.pop() if free else torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    weakref.finalize(graph, free.append, stream)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(stream):  # a failed capture would leave its stream set
         run(*inputs)  # loads the kernels, which a capture must not
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
             output = run(*inputs)
 
@@ -791,6 +797,7 @@ def capture(run, *inputs):
 class Graph:
     """next_ids() on a GPU as a CUDA graph, with the cache and the buffers whose addresses it has."""
 
+    @torch.inference_mode(False)  # tensors made in a caller's inference_mode could not be written outside it
     def __init__(self, model, texts, positions, options, compile):
         if compile == 'True' and not model.compiled_steps:
             model.compile(dynamic=False)
@@ -808,22 +815,24 @@ GRAPHS = weakref.WeakKeyDictionary()  # for each model, its idle graphs by what 
 def borrowed_graph(model, texts, positions, options, compile, steps):
     """A Graph for `steps` steps, or None on a CPU and with compile 'False'; 'auto' takes it from 16 steps on.
 
-    It is made in 10 ms, or with compile 'True', which compiles the blocks too, in 10 s. Idle ones are kept.
+    It is made in 20 ms, or with compile 'True', which compiles the blocks too, in 20 s. Idle ones of the last
+    kind asked for are kept; they hold a cache each.
     """
     if not model.wpe.weight.is_cuda or compile == 'False' or compile == 'auto' and steps < 16:
         yield None
         return
-    kept = GRAPHS.setdefault(model, {})
     made_for = model, texts, math.ceil(positions / 64) * 64, options, compile  # few different ones
-    idle = kept.setdefault(made_for[1:], [])
+    kind = *made_for[1:], model.wpe.weight.data_ptr()  # the weights may have moved
+    kept = GRAPHS.setdefault(model, {})
     with CAPTURING:
+        if kind not in kept:
+            kept.clear()
+        idle = kept.setdefault(kind, [])
         graph = idle.pop() if idle else None
     graph = graph or or_none(Graph, *made_for)
     try:
         yield graph
     finally:
-        if len(kept) > 8:
-            kept.clear()
         idle.extend([graph] if graph else [])
 
 

@@ -998,12 +998,18 @@ def test_graph_that_is_idle_is_lent_again(gpt, monkeypatch, capsys):
             assert not fails, 'out of memory'
             graphs.append(made_for)
     monkeypatch.setattr(model, 'Graph', Graph)
-    cuda = type('OnAGPU', (), dict(wpe=types.SimpleNamespace(weight=types.SimpleNamespace(is_cuda=True))))()
+    weight = types.SimpleNamespace(is_cuda=True, data_ptr=lambda: 0)
+    cuda = type('OnAGPU', (), dict(wpe=types.SimpleNamespace(weight=weight)))()
     lend = functools.partial(model.borrowed_graph, cuda, 1)
     with lend(40, (1.0,), 'auto', 16) as first, lend(64, (1.0,), 'auto', 16) as second:
         assert first is not second and len(graphs) == 2 and graphs[0][2] == 64
-    with lend(50, (1.0,), 'auto', 16) as third, lend(50, (0.5,), 'auto', 16) as other:
-        assert third in (first, second) and other not in (first, second)
+    with lend(50, (1.0,), 'auto', 16) as third:
+        assert third in (first, second)
+    weight.data_ptr = lambda: 1  # the weights have moved
+    with lend(50, (1.0,), 'auto', 16) as fourth, lend(50, (0.5,), 'auto', 16) as fifth:
+        assert not {first, second, third} & {fourth, fifth} and fourth is not fifth
+    with lend(50, (1.0,), 'auto', 16) as sixth:
+        assert sixth not in (fourth, fifth)  # the idle ones of one kind are kept
     with lend(50, (1.0,), 'auto', 15) as few, lend(50, (1.0,), 'False', 99) as off:
         assert few is off is None
     fails = True
@@ -1011,6 +1017,51 @@ def test_graph_that_is_idle_is_lent_again(gpt, monkeypatch, capsys):
         assert failed is None and 'out of memory' in capsys.readouterr().err
     with model.borrowed_graph(gpt, 1, 40, (1.0,), 'True', 99) as on_a_cpu:
         assert on_a_cpu is None
+
+
+def test_capture_warms_up_then_records_on_a_stream_of_its_own(monkeypatch):
+    """A stream serves one living graph at a time, and is used again; the current one comes back on a failure."""
+    log, current = [], ['default']
+
+    class Stream:
+        def __init__(self, device):
+            log.append('new stream')
+
+        def wait_stream(self, stream):
+            assert stream == 'default'
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def recording(graph, stream, capture_error_mode):
+        assert stream is current[-1] and capture_error_mode == 'thread_local'
+        log.append('record')
+        yield
+    graph = type('CUDAGraph', (), dict(replay=lambda self: log.append('replay')))
+    for name, value in dict(Stream=Stream, stream=on, graph=recording, CUDAGraph=graph,
+                            current_stream=lambda device: current[-1],
+                            device=lambda device: contextlib.nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(model, 'STREAMS', {})
+    ids = torch.zeros(2)
+
+    def run(ids):
+        log.append('run')
+        return ids + 1
+    first = model.capture(run, ids)
+    assert log == ['new stream', 'run', 'record', 'run'] and current == ['default']
+    first(torch.tensor([5.0, 6.0]))
+    assert log[4:] == ['replay'] and ids.tolist() == [5, 6]
+    second = model.capture(run, ids)
+    assert log.count('new stream') == 2
+    del first, second
+    gc.collect()
+    model.capture(run, ids)
+    assert log.count('new stream') == 2 and current == ['default']
 
 
 def test_a_step_behind_gives_all_ids_in_order(monkeypatch):

@@ -179,8 +179,10 @@ class Windows:
         starts = torch.tensor(np.array(starts))[:, None]
         if self.source.is_cuda:
             starts = starts.pin_memory().to(self.device, non_blocking=True)
-        ids = self.source[starts + torch.arange(self.T + 1, device=starts.device)]  # (B, T + 1)
-        ids = ids.long().to(self.device)  # in this order: MPS has no uint16
+        ids = self.source[starts + torch.arange(self.T + 1, device=starts.device)].long()  # (B, T + 1)
+        if self.device.startswith('cuda') and not ids.is_cuda:
+            ids = ids.pin_memory().to(self.device, non_blocking=True)  # or each step would wait for the GPU
+        ids = ids.to(self.device)  # after long(): MPS has no uint16
         return ids[:, :-1], ids[:, 1:].contiguous()
 
 
@@ -218,7 +220,7 @@ def peak_flops(device, dtype, measure):
 def peak_memory(device):
     """The most memory used so far, in GB: the GPU's, or this process's (0 on Windows)."""
     if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_reserved() / 1e9  # a graph's memory does not count as allocated
     if os.name != 'posix':
         return 0.0
     import resource
@@ -425,6 +427,7 @@ if __name__ == '__main__':
         if kind == 'cuda' and ranks == 1 and not gradient_checkpointing:
             # 32 x 128 tokens of GPT-2 small take an H100 12 ms, and 28 when Python launches each kernel
             graph = or_none(capture, learn, *train.batch(0, rows))
+            torch.cuda.empty_cache()  # the warm-up's memory, which the graph does not use
         how += f', compiled in {time.time() - began:.0f} s'
     if ranks > 1:
         model = torch.nn.parallel.DistributedDataParallel(raw_model)
