@@ -297,6 +297,7 @@ if __name__ == '__main__':
         'lower --batch_size and raise --gradient_accumulation_steps, or give --gradient_checkpointing')
 
     # -- the run: a new one, the one in out_dir, or one that starts from another model -----------------------
+    keep_freed_memory()
     rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # torchrun's
     master = rank == 0  # the rank that prints and writes
     if not master:
@@ -308,35 +309,35 @@ if __name__ == '__main__':
     if start.split(':')[0] == 'auto':
         start = 'resume' if resumable else start[5:] or 'scratch'
         replace |= files['model.pt'] not in there  # killed before its first checkpoint: nothing to keep
-    checkpoint = parent = None
+    source = {}  # the contents of the model file that the run goes on from, or starts from
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
     to_choose = {key for key in (*shape[:4], 'max_iters') if not settings[key]}
     given.difference_update(to_choose)  # a 0 is not kept against a checkpoint or another model
     if start == 'resume':
         if not resumable:
             fail(f"{files['ckpt.pt']}: nothing to resume; leave out --init_from to start a run")
-        checkpoint = read(files['ckpt.pt'])
-        if checkpoint['kind'] != 'checkpoint':
+        source = read(files['ckpt.pt'])
+        if source['kind'] != 'checkpoint':
             fail(f"{files['ckpt.pt']}: not a checkpoint of train.py; name it with --init_from instead")
-        kept = {**checkpoint['settings'], 'out_dir': out_dir, 'init_from': init_from, 'overwrite': overwrite}
+        given.update(('out_dir', 'init_from', 'overwrite'))  # this command's, never the checkpoint's
         fixed = (*shape, 'dataset', 'tokenizer', 'optimizer')
-        merge(settings, globals(), kept, fixed, f'the run in {out_dir}')
+        merge(settings, globals(), source['settings'], fixed, f'the run in {out_dir}')
     elif there and not replace:
         fail(f"{', '.join(there)}: a run is already there; {'--init_from=resume goes on, ' * resumable}"
              '--overwrite replaces it, --out_dir=out/another keeps it')
+    elif start != 'scratch':
+        parent, source = load(start)
+        if parent.config.quantized:
+            fail(f"{source['path']}: {parent.config.quantized} cannot be trained; name the float model")
+        print(f"{source['path']}: {parent.num_params():,} parameters, step {source['step']:,}", file=errors)
+        source['model'] = parent.state_dict()
+        kept = {key: getattr(parent.config, key) for key in shape}
+        kept['tokenizer'] = source['tokenizer']['name']
+        merge(settings, globals(), kept, kept, start)
     chip = pick_device(device)
     kind = chip.split(':')[0]
     if kind == 'cuda':
         torch.cuda.set_device(chip)  # first, or the next calls would open a context on GPU 0
-    keep_freed_memory()
-    if start not in ('scratch', 'resume'):
-        parent, about = load(start)
-        if parent.config.quantized:
-            fail(f"{about['path']}: {parent.config.quantized} cannot be trained; name the float model")
-        print(f"{about['path']}: {parent.num_params():,} parameters, step {about['step']:,}", file=errors)
-        kept = {key: getattr(parent.config, key) for key in shape}
-        kept['tokenizer'] = about['tokenizer']['name']
-        merge(settings, globals(), kept, kept, start)
     if patience and not eval_interval:
         fail('--patience needs evaluations, but --eval_interval is 0; set --eval_interval', 2)
     # ranks share the accumulation where it divides evenly, else the batch
@@ -353,8 +354,7 @@ if __name__ == '__main__':
         backend, gpu = ('nccl', torch.device(chip)) if kind == 'cuda' else ('gloo', None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=gpu)
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
-        known = about['tokenizer'] if parent else None
-        prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=known)
+        prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'))
     if ranks > 1:
         store.set(f'rank {rank}', 'has its data')
         store.wait(['rank 0'], datetime.timedelta(days=1))  # preparing a large corpus takes long
@@ -372,10 +372,9 @@ if __name__ == '__main__':
         config = GPTConfig(block_size, tok.vocab_size, n_layer, n_head, n_embd, dropout, bias)
     except ValueError as error:
         fail(error, 2)
-    older = {key: data_meta.get(key) for key in ('vocab_size', 'bytes')}  # a checkpoint may not say these
-    if checkpoint and {**older, **checkpoint['data']} != {**older, **data_meta}:
+    if start == 'resume' and {**data_meta, **source['data']} != data_meta:  # an older checkpoint says less
         fail(f'data/{dataset} is not what this run was trained on; prepare that, or take another --out_dir')
-    if parent and about['tokenizer'] != data_meta['tokenizer']:
+    if source and source['tokenizer'] != data_meta['tokenizer']:
         fail(f'data/{dataset} is not in the tokenizer of {start}; name another --dataset')
     if len(train_tokens) < T + 1:
         fail(f'data/{dataset}: {len(train_tokens)} training tokens, under seq_len {T} + 1; lower --seq_len')
@@ -395,10 +394,10 @@ if __name__ == '__main__':
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
     raw_model = GPT(config).to(chip)  # the one to save: DistributedDataParallel prefixes its names
-    raw_model.trained_context, raw_model.gradient_checkpointing = T, gradient_checkpointing
-    if checkpoint or parent:
-        raw_model.load_state_dict(checkpoint['model'] if checkpoint else parent.state_dict())
-        raw_model.trained_context = max(T, (checkpoint or about)['trained_context'])
+    raw_model.trained_context = max(T, source.get('trained_context', 0))
+    raw_model.gradient_checkpointing = gradient_checkpointing
+    if source:
+        raw_model.load_state_dict(source['model'])
     groups = raw_model.param_groups(weight_decay)  # the first: the blocks' matrices, which Muon takes over
     muon = [Muon([groups.pop(0)], lr=learning_rate, dtype=compute_dtype)] if optimizer == 'muon' else []
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True), *muon]
@@ -434,17 +433,17 @@ if __name__ == '__main__':
 
     # -- the state of the run: all of it but weights and optimizers ------------------------------------------
     # logged_step is -1 for a run that starts from another model, so that step 0 is evaluated
-    state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if parent else 0, loss_sum=0.0, log_bytes=0,
+    state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if source else 0, loss_sum=0.0, log_bytes=0,
                  recent=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
                  losses={}, best_val=math.inf, best_val_step=0, bad_evals=0)
-    if checkpoint:
-        state = checkpoint['state']
-        for one, kept in zip(optimizers, checkpoint['optimizers']):  # rates and decay are this command's
+    if start == 'resume':
+        state = source['state']
+        for one, kept in zip(optimizers, source['optimizers']):  # rates and decay are this command's
             one.load_state_dict({'state': kept['state'], 'param_groups': one.state_dict()['param_groups']})
-        scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
+        scaler.load_state_dict(source['scaler'] or scaler.state_dict())
     facts = dict(tokenizer=data_meta['tokenizer'], trained_context=raw_model.trained_context, dataset=dataset,
                  made_by='train.py ' + ' '.join(sys.argv[1:]))
-    checkpoint = parent = kept = None  # frees their memory
+    source = parent = kept = None  # frees their memory
     if master and out_dir:
         lock = FolderLock(out_dir)  # until the process ends
         for path in there if start != 'resume' else ():
