@@ -311,8 +311,8 @@ if __name__ == '__main__':
         replace |= files['model.pt'] not in there  # killed before its first checkpoint: nothing to keep
     source = {}  # the contents of the model file that the run goes on from, or starts from
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
-    to_choose = {key for key in (*shape[:4], 'max_iters') if not settings[key]}
-    given.difference_update(to_choose)  # a 0 is not kept against a checkpoint or another model
+    # a 0 gives way to a checkpoint's or another model's value
+    given.difference_update([key for key in (*shape[:4], 'max_iters') if not settings[key]])
     if start == 'resume':
         if not resumable:
             fail(f"{files['ckpt.pt']}: nothing to resume; leave out --init_from to start a run")
@@ -359,7 +359,7 @@ if __name__ == '__main__':
         store.set(f'rank {rank}', 'has its data')
         store.wait(['rank 0'], datetime.timedelta(days=1))  # preparing a large corpus takes long
     train_tokens, val_tokens, data_meta = load_data(dataset)
-    if not all(settings[key] for key in to_choose):
+    if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
         chosen = settings_for(len(train_tokens), n_embd)
         merge(settings, globals(), {key: chosen[key] for key in chosen if not settings[key]}, (), '')
         print(f'chosen for {len(train_tokens):,} training tokens: {n_layer} layers, {n_head} heads, width '
@@ -448,8 +448,6 @@ if __name__ == '__main__':
         lock = FolderLock(out_dir)  # until the process ends
         for path in there if start != 'resume' else ():
             os.remove(path)
-        if os.path.exists(files['log.csv']):  # the run writes the rows after the checkpoint again
-            os.truncate(files['log.csv'], min(state['log_bytes'], os.path.getsize(files['log.csv'])))
 
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
@@ -506,14 +504,14 @@ if __name__ == '__main__':
                    val_loss='', tokens_per_s=speed, seconds=state['seconds'], val_bpb='') | losses
         if master and out_dir:
             with tried('log.csv'), open(files['log.csv'], 'a+', encoding='utf-8', newline='\n') as f:
-                f.truncate(state['log_bytes'])  # half a row, where the disk was full
+                # cut off half a row, where the disk was full, and the rows after a resumed run's checkpoint
+                f.truncate(min(state['log_bytes'], f.tell()))
                 f.seek(0)
-                header = f.readline() or ','.join(row) + '\n'  # an older log's has no val_bpb
-                cells = [row.get(name, '') for name in header.strip().split(',')]
-                cells = [f'{cell:.6f}' if isinstance(cell, float) else str(cell) for cell in cells]
+                header = f.readline() or ','.join(row) + '\n'
+                cells = [f'{cell:.6f}' if isinstance(cell, float) else str(cell) for cell in row.values()]
+                cells = cells[:header.count(',') + 1]  # an older log has no val_bpb
                 f.write((header if f.tell() == 0 else '') + ','.join(cells) + '\n')  # one write for the row
-                f.flush()
-                state['log_bytes'] = f.tell()
+                state['log_bytes'] = f.tell()  # which flushes first
 
     @torch.no_grad()
     def evaluate(split):
