@@ -514,10 +514,11 @@ if __name__ == '__main__':
                 state['log_bytes'] = f.tell()  # which flushes first
 
     @torch.no_grad()
+    @autocast()
     def evaluate(split):
         """Mean loss of eval_iters batches, spread evenly over a split, the same each time; ranks share them.
 
-        A split with fewer windows is taken whole. None if a signal is caught on the way.
+        A split with fewer windows is taken whole. A signal cuts the evaluation short.
         """
         count, total = eval_iters * batch_size, torch.zeros((), device=chip)
         if split.count <= count:
@@ -526,26 +527,20 @@ if __name__ == '__main__':
         for part in parts[rank::ranks]:
             total += raw_model(*split.at(part))
             if caught and ranks == 1:
-                return None
+                break
         if ranks > 1:
             dist.all_reduce(total)
         return total.item() / len(parts)
 
-    def evaluate_splits(step):
-        """The losses by name, printed and noted; keeps the best weights. None if a signal is caught."""
-        with autocast():
-            losses = {'train_loss': evaluate(train), 'val_loss': evaluate(val)}
-        if None in losses.values():
-            return None
-        losses['val_bpb'], better = losses['val_loss'] * bits, losses['val_loss'] < state['best_val']
-        print(f"evaluation at step {step:,}: train {losses['train_loss']:.4f}, validation "
-              f"{losses['val_loss']:.4f}, {losses['val_bpb']:.3f} bits per byte"
-              f"{', the best so far' if better else ''}", flush=True)
+    def judge(step, losses):
+        """Print and note the losses of an evaluation; keep the weights if they are the best so far."""
+        val_loss, better = losses['val_loss'], losses['val_loss'] < state['best_val']
+        print(f"evaluation at step {step:,}: train {losses['train_loss']:.4f}, validation {val_loss:.4f}, "
+              f"{losses['val_bpb']:.3f} bits per byte{', the best so far' if better else ''}", flush=True)
         state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
         if better:
-            state.update(best_val=losses['val_loss'], best_val_step=step)
+            state.update(best_val=val_loss, best_val_step=step)
             keep('best.pt', losses=losses)
-        return losses
 
     def catch(number, frame):
         """Note the first signal, for the loop to save and end; a second one ends the process at once."""
@@ -582,9 +577,13 @@ if __name__ == '__main__':
             stop = f'loss {mean:.6f} under {loss_threshold}'
 
         if step > state['logged_step'] and (log or evaluation or stop):
-            losses = evaluate_splits(step) if evaluation else {}
-            if losses is None:
-                break  # a resumed run evaluates this step again
+            losses = {}
+            if evaluation:
+                losses = {'train_loss': evaluate(train), 'val_loss': evaluate(val)}
+                if caught and ranks == 1:
+                    break  # a resumed run evaluates this step again
+                losses['val_bpb'] = losses['val_loss'] * bits
+                judge(step, losses)
             if step:
                 log_line(step, losses, (state['tokens'] - last_tokens) / max(now - last_time, 1e-9), left)
             state.update(loss_sum=0.0, logged_step=step)
