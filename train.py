@@ -292,8 +292,7 @@ if __name__ == '__main__':
         tokenizer=('gpt2', 'bpe', 'char'), vocab_size=check_vocab_size, batch_size=(1, 2**16),
         gradient_accumulation_steps=(1, 2**16), optimizer=('adamw', 'muon'), learning_rate=(0, 1e3),
         schedule=('cosine', 'onecycle', 'linear', 'constant'), beta1=(0, 0.999999), beta2=(0, 0.99999999),
-        eval_iters=(1,), dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False'),
-        seed=(0, 2**63 - 1)),
+        eval_iters=(1,), dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False')),
         'lower --batch_size and raise --gradient_accumulation_steps, or give --gradient_checkpointing')
 
     # -- the run: a new one, the one in out_dir, or one that starts from another model -----------------------
