@@ -347,16 +347,16 @@ if __name__ == '__main__':
         fail(f'{ranks} ranks cannot share batch_size {batch_size}; make it a multiple of {ranks}', 2)
 
     # -- the data --------------------------------------------------------------------------------------------
-    if ranks > 1:  # torchrun keeps its store over a restart: the prefix hides the last attempt's addresses
-        store = next(dist.rendezvous('env://', rank, ranks))[0]
-        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
-        backend, gpu = ('nccl', torch.device(chip)) if kind == 'cuda' else ('gloo', None)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=gpu)
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
         prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'))
-    if ranks > 1:
+    if ranks > 1:  # torchrun keeps its store over a restart: the prefix hides the last attempt's addresses
+        day = datetime.timedelta(days=1)  # preparing a large corpus takes long
+        store = next(dist.rendezvous('env://', rank, ranks, timeout=day))[0]
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         store.set(f'rank {rank}', 'has its data')
-        store.wait(['rank 0'], datetime.timedelta(days=1))  # preparing a large corpus takes long
+        store.wait(['rank 0'])
+        backend, gpu = ('nccl', torch.device(chip)) if kind == 'cuda' else ('gloo', None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=gpu)
     train_tokens, val_tokens, data_meta = load_data(dataset)
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
         chosen = settings_for(len(train_tokens), n_embd)
