@@ -635,9 +635,8 @@ if __name__ == '__main__':
     on_signals(end)  # a signal now ends the process at once: all is saved
     if signalled or caught:
         number = signal.Signals(caught[0] if caught else signal.SIGTERM)
-        saved = 'saved; go on with the same command and --init_from=resume' if out_dir else 'nothing kept'
-        saved = 'this step is not saved' if unsaved else saved
-        print(f"\n{number.name} at step {state['step']:,}: {saved}", file=errors)
+        saved = 'saved; go on with --init_from=resume' if out_dir and not unsaved else 'not saved'
+        print(f'\n{number.name} at step {step:,}: {saved}', file=errors)
         sys.exit(128 + number)
     if not master:
         sys.exit()
