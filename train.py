@@ -643,15 +643,13 @@ if __name__ == '__main__':
     stop, speed = stop or f'{max_minutes} minutes over', state['tokens'] / max(state['seconds'], 1e-9)
     print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {speed:,.0f} tokens/s; "
           f'{duration(time.time() - COMMAND_BEGAN)} since the command')
-    if state['step']:
-        passed = ', '.join(f'{float(mark):g}: {step:,}' for mark, step in state['passed'].items()) or 'none'
-        print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} "
-              f'at best; first step under {passed}')
-    if math.isfinite(state['best_val']):
+    passed = ', '.join(f'{float(mark):g}: {at:,}' for mark, at in state['passed'].items()) or 'none'
+    print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at "
+          f'best; first step under {passed}')
+    best, at = state['best_val'], state['best_val_step']
+    if best < math.inf:
         kept = f", kept in {files['best.pt']}" if out_dir else ''
-        best = state['best_val']
-        print(f'best        {best:.4f} validation, {best * bits:.3f} bits per byte, at step '
-              f"{state['best_val_step']:,}{kept}")
+        print(f'best        {best:.4f} validation, {best * bits:.3f} bits per byte, at step {at:,}{kept}')
     if patience and out_dir and os.path.exists(files['best.pt']):  # model.pt gets the best weights
         raw_model.load_state_dict(load(files['best.pt'])[0].state_dict())
     final, context = {}, raw_model.trained_context
