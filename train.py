@@ -142,11 +142,10 @@ def settings_for(tokens, width=0):
     A small text is read often, so it gets a small model and dropout (https://arxiv.org/abs/2305.16264). For a
     large one the time is the limit: a wider model would see fewer tokens (https://arxiv.org/abs/2203.15556).
     """
-    n_layer, n_embd, dropout, max_iters = next(SIZES[least] for least in SIZES if tokens >= least)
+    n_layer, n_embd, dropout, steps = next(SIZES[least] for least in SIZES if tokens >= least)
     width = width or n_embd
     n_head = math.gcd(width, max(width // 64, 1))
-    return dict(n_layer=n_layer, n_head=n_head, n_embd=width, block_size=64, dropout=dropout,
-                max_iters=max_iters)
+    return dict(n_layer=n_layer, n_head=n_head, n_embd=width, block_size=64, dropout=dropout, max_iters=steps)
 
 
 # -- batches -------------------------------------------------------------------------------------------------
@@ -340,10 +339,10 @@ if __name__ == '__main__':
     if patience and not eval_interval:
         fail('--patience needs evaluations, but --eval_interval is 0; set --eval_interval', 2)
     # ranks share the accumulation where it divides evenly, else the batch
-    windows_per_step, accumulation = batch_size * gradient_accumulation_steps, gradient_accumulation_steps
-    accumulation //= 1 if accumulation % ranks else ranks
-    rows = windows_per_step // (accumulation * ranks)
-    if rows * accumulation * ranks != windows_per_step:
+    windows_per_step = batch_size * gradient_accumulation_steps
+    accumulation = gradient_accumulation_steps // (1 if gradient_accumulation_steps % ranks else ranks)
+    rows, left_over = divmod(windows_per_step, accumulation * ranks)
+    if left_over:
         fail(f'{ranks} ranks cannot share batch_size {batch_size}; make it a multiple of {ranks}', 2)
 
     # -- the data --------------------------------------------------------------------------------------------
