@@ -590,12 +590,12 @@ if __name__ == '__main__':
             print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
-        if sampling and step > first_step and not stop:
+        if stop or over or signalled:
+            break
+        if sampling and step > first_step:
             print_sample(raw_model, tok, seed)
         if saving and step > first_step:
             keep_checkpoint()
-        if stop or over or signalled:
-            break
         last_time += time.time() - now  # tokens/s is of training alone
 
         lr, beta = rate(step)
