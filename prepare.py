@@ -339,31 +339,40 @@ def cut_exactly(blocks):
     yield held
 
 
-def computed_ahead(pool, f, items, ahead):
-    """Yield f(item) for each item in order; a pool computes them, at most `ahead` in advance."""
-    jobs = collections.deque()
-    for item in items:
-        jobs.append(pool.submit(f, item))
-        if len(jobs) > ahead:
-            yield jobs.popleft().result()
-    for job in jobs:
-        yield job.result()
+def write_splits(folder, tokenizer, pairs, special_tokens, total):
+    """Encode pairs of a split and a block, all of train first, into .tmp files of uint16; print the progress.
 
-
-def write_tokens(path, tokenizer, blocks, special_tokens):
-    """Encode blocks on all cores into a file of uint16; yield the (characters, ids, bytes) of each piece."""
+    Returns {split: its number of ids} and {split: the bytes of their text}.
+    """
     def encode(piece):
         ids = [tokenizer.eot] if piece is None else tokenizer.encode(piece, special_tokens)
-        ids = np.array(ids, dtype='<u2')
-        return ids, (len(piece or ''), len(ids), int(lengths[ids].sum()))
+        return len(piece or ''), np.array(ids, dtype='<u2')
 
-    cores, lengths = os.cpu_count() or 1, byte_lengths(tokenizer)
-    with open(path, 'wb') as f, ThreadPoolExecutor(cores) as pool:  # threads: tiktoken releases the GIL
-        for ids, counts in computed_ahead(pool, encode, cut_exactly(blocks), 4 * cores):
-            f.write(ids.tobytes())
-            yield np.array(counts)
-        f.flush()
-        os.fsync(f.fileno())
+    cores, lengths, tokens, size = os.cpu_count() or 1, byte_lengths(tokenizer), {}, {}
+    began = shown = time.time()
+    done = 0  # characters
+    for split, pairs_of_split in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        pieces, tokens[split], size[split] = cut_exactly(block for _, block in pairs_of_split), 0, 0
+        # threads, because tiktoken releases the GIL; a few pieces ahead, because all would fill the memory
+        with open(f'{folder}/{split}.bin.tmp', 'wb') as f, ThreadPoolExecutor(cores) as pool:
+            jobs = (pool.submit(encode, piece) for piece in pieces)
+            ahead = collections.deque(itertools.islice(jobs, 4 * cores))
+            while ahead:
+                characters, ids = ahead.popleft().result()
+                ahead.extend(itertools.islice(jobs, 1))
+                f.write(ids.tobytes())
+                tokens[split] += len(ids)
+                size[split] += int(lengths[ids].sum())
+                done += characters
+                if time.time() - shown > 2:
+                    shown = time.time()
+                    rate = max(done, 1) / (shown - began)
+                    print(f'{done / total:.0%} of {total:,} characters, {rate / 1e6:.1f} M/s, '
+                          f'{(total - done) / rate:.0f} s left', file=sys.stderr)
+            f.flush()
+            os.fsync(f.fileno())
+        print(f'{folder}/{split}.bin: {tokens[split]:,} tokens')
+    return tokens, size
 
 
 class FolderLock:
@@ -433,38 +442,18 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
 
     folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, joiner))
     _lock = FolderLock(folder)  # until the return
-    counts = write_splits(folder, tok, pairs, special_tokens, total)
+    tokens, size = write_splits(folder, tok, pairs, special_tokens, total)
     source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
               'bytes': sum(map(os.path.getsize, files))}
     meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
             'special_tokens': special_tokens,
             'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size,
-            'tokens': {split: int(count[1]) for split, count in counts.items()},
-            'bytes': {split: int(count[2]) for split, count in counts.items()}}
+            'tokens': tokens, 'bytes': size}
     replace_data(folder, meta)
     seconds = time.time() - began
     print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of '
           f'{input} in {seconds:.1f} s ({total / seconds / 1e6:.1f} M/s)')
     return meta
-
-
-def write_splits(folder, tokenizer, pairs, special_tokens, total):
-    """Write pairs of a split and a block, all of train first, to .tmp files; prints the progress.
-
-    Returns {split: its numbers of (characters, ids, bytes)}.
-    """
-    counts, began = {}, time.time()
-    shown = began
-    for split, pairs_of_split in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        counts[split], blocks = np.zeros(3, np.int64), (block for _, block in pairs_of_split)
-        for written in write_tokens(f'{folder}/{split}.bin.tmp', tokenizer, blocks, special_tokens):
-            counts[split] += written
-            if time.time() - shown > 2:
-                shown, done = time.time(), sum(counts.values())[0]
-                print(f'{done / total:.0%} of {total:,} characters, {done / (shown - began) / 1e6:.1f} M/s, '
-                      f'{(shown - began) * (total / max(done, 1) - 1):.0f} s left', file=sys.stderr)
-        print(f'{folder}/{split}.bin: {counts[split][1]:,} tokens')
-    return counts
 
 
 def replace_data(folder, meta):
