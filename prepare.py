@@ -369,8 +369,6 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
                     rate = max(done, 1) / (shown - began)
                     print(f'{done / total:.0%} of {total:,} characters, {rate / 1e6:.1f} M/s, '
                           f'{(total - done) / rate:.0f} s left', file=sys.stderr)
-            f.flush()
-            os.fsync(f.fileno())
         print(f'{folder}/{split}.bin: {tokens[split]:,} tokens')
     return tokens, size
 
@@ -457,19 +455,20 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
 
 
 def replace_data(folder, meta):
-    """Write meta.json and give the .tmp files of a folder their final names.
+    """Write meta.json, bring the .tmp files of a folder to the disk, and give them their final names.
 
     The old meta.json is deleted first and the new one named last, so a folder with a meta.json is complete.
     """
-    with open(f'{folder}/meta.json.tmp', 'w', encoding='utf-8') as f:
-        json.dump(meta, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
+    Path(folder, 'meta.json.tmp').write_text(json.dumps(meta, indent=1), 'utf-8')
+    # val.bin comes before train.bin, because train.py takes data with a train.bin for complete
+    new = [f'{split}.bin' for split in reversed(meta['tokens'])] + ['meta.json']
+    for name in new:
+        with open(f'{folder}/{name}.tmp', 'rb+') as f:
+            os.fsync(f.fileno())
     for name in ('meta.json', 'train.bin', 'val.bin'):
         Path(folder, name).unlink(missing_ok=True)
-    for split in reversed(meta['tokens']):  # val.bin first: train.py takes data with a train.bin for complete
-        os.replace(f'{folder}/{split}.bin.tmp', f'{folder}/{split}.bin')
-    os.replace(f'{folder}/meta.json.tmp', f'{folder}/meta.json')
+    for name in new:
+        os.replace(f'{folder}/{name}.tmp', f'{folder}/{name}')
 
 
 def load_data(dataset):
