@@ -241,30 +241,54 @@ def find_files(input):
     return files
 
 
-def open_bytes(path):
-    """A file to read in binary, unpacked if it is a .gz."""
-    return (gzip.open if str(path).endswith('.gz') else open)(path, 'rb')
+def read_bytes(path, digest=None, lines=False):
+    """Yield the bytes of a file in blocks or in lines, unpacked if it is a .gz; path 0 is standard input.
+
+    Adds them to the hash `digest`. Raises ValueError for a damaged .gz.
+    """
+    try:
+        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
+            for block in f if lines else iter(lambda: f.read(2**16), b''):
+                if digest:
+                    digest.update(block)
+                yield block
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f'{path}: damaged: {error}; get the file again') from None
 
 
 def read_text(path, digest=None):
-    """Yield the text of a UTF-8 file, plain or .gz, in blocks, newlines unchanged; path 0 is standard input.
+    """Yield the text of a UTF-8 file in blocks, newlines unchanged; see read_bytes().
 
-    Adds the text's bytes to the hash `digest`. Raises ValueError with the position of a byte that is not
-    UTF-8.
+    Raises ValueError with the position of a byte that is not UTF-8.
     """
     decoder, done = codecs.getincrementaldecoder('utf-8')(), 0
-    with open_bytes(path) as f:
+    try:
+        for block in read_bytes(path, digest):
+            done += len(block)
+            yield decoder.decode(block)
+        decoder.decode(b'', final=True)
+    except UnicodeDecodeError as error:
+        at = done - len(error.object) + error.start  # error.object: what was being decoded
+        name = path or 'standard input'
+        raise ValueError(f'{name}: not UTF-8 at byte {at:,}; convert it, for example by iconv') from None
+
+
+def read_json_lines(path, joiner, digest=None):
+    """Yield the `text` of each line of a .jsonl file, and `joiner` between two.
+
+    Raises ValueError with the number of a line that has none.
+    """
+    for number, line in enumerate(read_bytes(path, digest, lines=True), 1):
+        if not line.strip():
+            continue
         try:
-            while block := f.read(2**16):
-                done += len(block)
-                if digest:
-                    digest.update(block)
-                yield decoder.decode(block)
-            decoder.decode(b'', final=True)
-        except UnicodeDecodeError as error:
-            at = done - len(error.object) + error.start  # error.object: what was being decoded
-            name = path or 'standard input'
-            raise ValueError(f'{name}: not UTF-8 at byte {at:,}; convert it, for example by iconv') from None
+            text = json.loads(line)['text']
+            text.encode()  # raises ValueError for half of a surrogate pair
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; mend it') from None
+        if number > 1:
+            yield joiner
+        yield text
 
 
 def read_documents(files, joiner, digest=None):
@@ -275,34 +299,10 @@ def read_documents(files, joiner, digest=None):
     for path in files:
         if path != files[0]:
             yield joiner
-        try:
-            if path.endswith(('.jsonl', '.jsonl.gz')):
-                yield from read_json_lines(path, joiner, digest)
-            else:
-                yield from read_text(path, digest)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f'{path}: damaged: {error}; get the file again') from None
-
-
-def read_json_lines(path, joiner, digest=None):
-    """Yield the `text` of each line of a .jsonl file, and `joiner` between two.
-
-    Raises ValueError with the number of a line that has none.
-    """
-    with open_bytes(path) as f:
-        for number, line in enumerate(f, 1):
-            if digest:
-                digest.update(line)
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)['text']
-                text.encode()  # raises ValueError for half of a surrogate pair
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; mend it') from None
-            if number > 1:
-                yield joiner
-            yield text
+        if path.endswith(('.jsonl', '.jsonl.gz')):
+            yield from read_json_lines(path, joiner, digest)
+        else:
+            yield from read_text(path, digest)
 
 
 def split_at(cut, blocks):
