@@ -47,15 +47,17 @@ LONG_RUN_END = re.compile(rf'(?=[{BLANKS}][^{BLANKS}])(?<=[{BLANKS}]{{10000}})')
 class BPETokenizer:
     """Byte-pair encoding by tiktoken: GPT-2's, or one learnt from a text by learn_tokenizer().
 
-    `tokens` are byte strings in the order of their ids; the document end comes last.
+    `tokens` are in base64, in the order of their ids; the document end comes last. Raises ValueError if they
+    are not those of `meta`.
     """
     def __init__(self, tokens, meta):
         self.meta, self.vocab_size = meta, len(tokens) + 1
         self.eot = self.start = len(tokens)
-        ranks = {token: id for id, token in enumerate(tokens)}
+        ranks = {base64.b64decode(token): id for id, token in enumerate(tokens)}
         if len(ranks) != meta['vocab_size'] - 1 or not ranks.keys() >= {bytes([i]) for i in range(256)}:
-            raise ValueError(f"the {meta['name']} vocabulary is damaged: {len(ranks):,} tokens instead of "
-                             f"{meta['vocab_size'] - 1:,}, or not each single byte")
+            raise ValueError(f"the {meta['name']} vocabulary is damaged: it lacks a byte, or has {len(ranks):,} "
+                             f"tokens instead of {meta['vocab_size'] - 1:,}; get its file again "
+                             f"(gpt2's is {VOCABULARY})")
         self.encoding = tiktoken.Encoding(meta['name'], pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                           special_tokens={ENDOFTEXT: self.eot})
 
@@ -108,13 +110,10 @@ class CharTokenizer:
 
 def get_tokenizer(meta):
     """The tokenizer that `meta` describes, a tokenizer's own `meta`. Raises ValueError for another name."""
-    if meta['name'] == 'gpt2':  # never from the network
-        lines = Path(VOCABULARY).read_bytes().splitlines()
-        if len(lines) != 50256:
-            raise OSError(f'{VOCABULARY}: {len(lines):,} lines instead of 50,256; get the file again')
-        return BPETokenizer([base64.b64decode(line.split()[0]) for line in lines], GPT2)
+    if meta['name'] == 'gpt2':  # never from the network; a line is a token and its id
+        return BPETokenizer(Path(VOCABULARY).read_bytes().split()[::2], GPT2)
     if meta['name'] == 'bpe':
-        return BPETokenizer(list(map(base64.b64decode, meta['tokens'].split())), meta)
+        return BPETokenizer(meta['tokens'].split(), meta)
     if meta['name'] == 'char':
         return CharTokenizer(meta['characters'])
     raise ValueError(f"tokenizer {meta['name']!r} is not one of gpt2, bpe, char")
@@ -483,8 +482,8 @@ def load_data(dataset):
         try:
             meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
             get_tokenizer(meta['tokenizer'])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f'{folder}/meta.json: damaged; prepare it again with prepare.py') from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{folder}/meta.json: damaged ({error}); prepare it again') from None
     elif os.path.exists(f'{folder}/meta.pkl'):
         raise ValueError(f'{folder}: its characters are in a meta.pkl, which is not read; prepare it again')
     for split in ('train', 'val'):
