@@ -55,9 +55,9 @@ class BPETokenizer:
         self.eot = self.start = len(tokens)
         ranks = {base64.b64decode(token): id for id, token in enumerate(tokens)}
         if len(ranks) != meta['vocab_size'] - 1 or not ranks.keys() >= {bytes([i]) for i in range(256)}:
-            raise ValueError(f"the {meta['name']} vocabulary is damaged: it lacks a byte, or has {len(ranks):,} "
-                             f"tokens instead of {meta['vocab_size'] - 1:,}; get its file again "
-                             f"(gpt2's is {VOCABULARY})")
+            raise ValueError(f"the {meta['name']} vocabulary is damaged: {len(ranks):,} tokens instead of "
+                             f"{meta['vocab_size'] - 1:,}, or not each single byte; get its file again, "
+                             f'for gpt2 {VOCABULARY}')
         self.encoding = tiktoken.Encoding(meta['name'], pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                           special_tokens={ENDOFTEXT: self.eot})
 
@@ -96,12 +96,10 @@ class CharTokenizer:
         Raises ValueError for a character that is not in the vocabulary.
         """
         text = text.replace(ENDOFTEXT, '\n') if special_tokens else text
-        points, known = (np.frombuffer(characters.encode('utf-32-le', 'surrogatepass'), '<u4')
-                         for characters in (text, self.characters))  # code points; `known` ascends
-        ids = np.searchsorted(known, points).clip(max=len(known) - 1)
-        for missing in np.flatnonzero(known[ids] != points)[:1]:
-            raise ValueError(f'{text[missing]!r} is not in the char vocabulary {self.characters[:60]!r}')
-        return ids.tolist()
+        try:
+            return [self.ids[character] for character in text]
+        except KeyError as missing:
+            raise ValueError(f'{missing} is not in the char vocabulary {self.characters[:60]!r}') from None
 
     def decode_bytes(self, ids):
         """Ids -> UTF-8 bytes."""
