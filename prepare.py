@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import time
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -377,19 +378,15 @@ class FolderLock:
     """
     def __init__(self, folder):
         os.makedirs(folder, exist_ok=True)
-        if os.name == 'posix':
+        try:
             import fcntl
-            self.descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f'{folder}: another process writes there; wait, or name another') from None
-            except OSError:  # some network file systems have no locks
-                pass
-
-    def __del__(self):
-        if os.name == 'posix':
-            os.close(self.descriptor)
+            descriptor = os.open(folder, os.O_RDONLY)
+            weakref.finalize(self, os.close, descriptor)  # which also ends the lock
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'{folder}: another process writes there; wait, or name another') from None
+        except (ImportError, OSError):  # Windows and some network file systems have no such locks
+            pass
 
 
 def check_dataset(dataset):
