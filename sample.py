@@ -79,25 +79,23 @@ tokenizer, window = get_tokenizer(meta['tokenizer']), context or model.trained_c
 if context > model.config.block_size:
     fail(f'--context={context}: the model has {model.config.block_size} positions', 2)
 # auto: four ids of a small vocabulary match too often to say much
-train, wanted = None, drafts == 'True' or drafts == 'auto' and tokenizer.vocab_size > 2**14
-if wanted and num_samples == 1 and pick_device(device) == 'cpu':
-    train, _ = load_data_of(meta)
-if drafts == 'True' and train is None:
-    fail("--drafts=True: needs a single text, a CPU, and the model's training data in data/; leave it out", 2)
+wanted = drafts == 'True' or drafts == 'auto' and tokenizer.vocab_size > 2**14
+train = load_data_of(meta)[0] if wanted and num_samples == 1 and pick_device(device) == 'cpu' else None
 index = None if train is None else Index(train)
+if drafts == 'True' and not index:
+    fail("--drafts=True: needs a single text, a CPU, and the model's training data in data/; leave it out", 2)
 if index and len(train) > len(index.ids):
     print(f'drafts come from the first {len(index.ids):,} of {len(train):,} training tokens', file=sys.stderr)
-from_file = start == '-' or start.startswith('FILE:')
-text = ''.join(read_text(0 if start == '-' else start[5:])) if from_file else start
+if start == '-' or start.startswith('FILE:'):
+    start = ''.join(read_text(0 if start == '-' else start[5:]))
 if not interactive:
-    write(text)
+    write(start)
     sys.exit()
-prompts = [text] if text else []  # before the user's own
 print('Type a prompt and Enter. Ctrl-C stops a text; at the prompt Ctrl-D or Ctrl-C leaves.', file=sys.stderr)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt
 while True:
     try:
-        prompt = prompts.pop() if prompts else ask()
+        prompt, start = start or ask(), ''  # a prompt that was given comes before the user's own
     except (EOFError, KeyboardInterrupt) as leaving:
         sys.exit(130 if isinstance(leaving, KeyboardInterrupt) else 0)
     try:
