@@ -233,24 +233,23 @@ class Int4Linear(nn.Module):
         self.register_buffer('bias', torch.zeros(O) if bias else None)
 
     @staticmethod
-    def from_float(w, candidates=16):
+    def from_float(w):
         """weight and scale (bfloat16) of float weights w (O, C): for each group the scale of the least error.
 
-        The candidates put a group's largest value at -7 to -11. The least q is -8: beyond it, that value is
+        The 16 candidates put a group's largest value at -7 to -11. The least q is -8: beyond it, that value is
         clipped and the many small ones are finer. Each candidate is then refined to the best scale for its q.
         """
         group = Int4Linear.GROUP
         w = F.pad(w, (0, -w.size(1) % group)).unflatten(1, (-1, group))  # (O, groups, group)
         largest = w.gather(2, w.abs().argmax(dim=2, keepdim=True))
-        best, scale = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
-        for i in range(candidates):
-            start = largest / -(7 + i * 4 / candidates)
+        scales, errors = [], []  # of each candidate, (O, groups, 1)
+        for i in range(16):
+            start = largest / -(7 + i / 4)
             q = (w / torch.where(start == 0, 1, start)).round_().clamp_(-8, 7)
-            refined = (w * q).sum(2, keepdim=True) / (q * q).sum(2, keepdim=True).clamp_(min=1)
-            refined = refined.bfloat16().float()
-            error = (w - q * refined).square_().sum(2, keepdim=True)
-            better = error < best
-            best, scale = torch.where(better, error, best), torch.where(better, refined, scale)
+            scale = (w * q).sum(2, keepdim=True) / (q * q).sum(2, keepdim=True).clamp_(min=1)
+            scales.append(scale.bfloat16().float())
+            errors.append((w - q * scales[-1]).square_().sum(2, keepdim=True))
+        scale = torch.cat(scales, dim=2).gather(2, torch.cat(errors, dim=2).argmin(dim=2, keepdim=True))
         q = (w / torch.where(scale == 0, 1, scale)).round_().clamp_(-8, 7).add_(8).flatten(1).to(torch.uint8)
         return q[:, ::2] | q[:, 1::2] << 4, scale[..., 0].bfloat16()
 

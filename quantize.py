@@ -29,8 +29,6 @@ def convert(weights, dtype):
     """
     for name in list(weights):
         w = weights.pop(name)
-        if not w.isfinite().all():
-            raise ValueError(f'{name} is not finite: the training had diverged; take an earlier model')
         if dtype.startswith('int') and w.dim() == 2 and name != 'wpe.weight':
             parts = [LAYERS[dtype].from_float(part.float()) for part in w.split(4096)]
             weights[name], new = map(torch.cat, zip(*parts))  # integers, scales
@@ -39,8 +37,8 @@ def convert(weights, dtype):
             new = w.to(torch.float16 if dtype.startswith('int') else getattr(torch, dtype)).clone()
             weights[name] = new
         if not new.isfinite().all():
-            raise ValueError(f'{name} has weights of up to {w.abs().max():.3g}, too large for {dtype}; '
-                             'take --dtype=bfloat16')
+            raise ValueError(f'{name} has weights of up to {w.abs().max():.3g}: not finite or too large for '
+                             f'{dtype}; take an earlier model or --dtype=bfloat16')
 
 
 def measure(model, name, tokens, eval_tokens, start):
