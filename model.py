@@ -105,9 +105,8 @@ SMALL_MATRIX = 2**19  # weights; below, MKL's float32 product is the fastest, be
 
 def product(x, weight, bias=None):
     """x (…, C) @ weight.T (C, O) + bias (O): F.linear, but with cpu_product() for float32 on a CPU."""
-    float32 = x.dtype == torch.float32 and x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
-    mkl = torch.jit.is_tracing() or torch.is_grad_enabled() and MANY_ROWS != 'onednn'
-    if mkl or not float32:
+    float32 = x.dtype == torch.float32 and x.is_cpu and not torch.is_autocast_enabled('cpu')
+    if not float32 or torch.jit.is_tracing() or torch.is_grad_enabled() and MANY_ROWS != 'onednn':
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return product_op(x, weight, bias)
@@ -236,7 +235,7 @@ class Int4Linear(nn.Module):
     def from_float(w):
         """weight and scale (bfloat16) of float weights w (O, C): for each group the scale of the least error.
 
-        The 16 candidates put a group's largest value at -7 to -11. The least q is -8: beyond it, that value is
+        The candidates put a group's largest value at -7 to -11. The least q is -8: beyond it, that value is
         clipped and the many small ones are finer. Each candidate is then refined to the best scale for its q.
         """
         group = Int4Linear.GROUP
@@ -459,8 +458,8 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, is_learning(self))
         again = self.gradient_checkpointing and is_learning(self)
         for block, kv in zip(self.h, cache or [None] * len(self.h)):
-            compiled = is_learning(self) or static and self.compiled_steps
-            run = block if compiled else block.forward  # not compiled for each length of a text
+            # a compiled block would be compiled again for each length of a text
+            run = block if is_learning(self) or static and self.compiled_steps else block.forward
             x = checkpoint(run, x, use_reentrant=False) if again else run(x, kv, where, mask)
         return self.ln_f(x)
 
@@ -632,12 +631,11 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = filter_logits(logits, temperature, top_k, top_p, min_p)
-    probs = logits.softmax(dim=-1)
-    if probs.device.type == 'mps':  # it has no float64
-        probs = probs.cpu()
+    device = 'cpu' if logits.is_mps else logits.device  # MPS has no float64
+    probs = logits.softmax(dim=-1).to(device)
     # in float64 uniform · sum stays below the sum, so the search always ends at an id with a probability
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    target = uniform[:, None].to(probs.device) * cumulative[:, -1:]
+    target = uniform[:, None].to(device) * cumulative[:, -1:]
     choice = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.size(1) - 1)
     return (choice if ids is None else ids.gather(1, choice.to(ids.device)))[:, 0].to(logits.device)
 
@@ -664,8 +662,8 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)  # at most 0: no overflow
     if top_p < 1:
         probs = logits.softmax(dim=-1)
-        on_cpu = probs.device.type == 'cpu'  # where numpy sorts GPT-2's vocabulary in 0.1 ms, torch 2.13 in 3
-        ascending = torch.from_numpy(np.sort(probs.numpy())) if on_cpu else probs.sort(dim=-1).values
+        # on a CPU numpy sorts GPT-2's vocabulary in 0.1 ms, torch 2.13 in 3
+        ascending = torch.from_numpy(np.sort(probs.numpy())) if probs.is_cpu else probs.sort(dim=-1).values
         dropped = (ascending.cumsum(dim=-1) <= 1 - top_p).sum(dim=-1, keepdim=True)
         least = ascending.gather(1, dropped.clamp(max=logits.size(1) - 1))
         logits = logits.masked_fill(probs < least, -math.inf)
@@ -1137,11 +1135,11 @@ def from_nanogpt(contents, path):
     if not 50257 <= said['vocab_size'] <= 50304:
         raise ValueError(f"{path}: nanoGPT's, with {said['vocab_size']:,} tokens that are not GPT-2's "
                          'and that it does not name; train it again with folio')
-    shape = said['block_size'], 50257, said['n_layer'], said['n_head'], said['n_embd']
+    config = GPTConfig(**{**said, 'vocab_size': 50257, 'dropout': 0.0})
     weights = {re.sub(r'^(_orig_mod\.)?transformer\.', '', name): w for name, w in contents['model'].items()
                if not name.endswith('lm_head.weight')}
     facts = dict(tokenizer=GPT2, step=contents['iter_num'], dataset=contents['config'].get('dataset', ''))
-    return imported(path, GPTConfig(*shape, bias=said['bias']), weights, facts)
+    return imported(path, config, weights, facts)
 
 
 def imported(path, config, weights, facts):
