@@ -503,10 +503,6 @@ class GPT(nn.Module):
         shape = 2, texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
         return [self.wpe.weight.new_zeros(shape) for _ in self.h]
 
-    def new_seen(self, texts):
-        """Which ids (texts, V) a text holds: none yet."""
-        return self.wpe.weight.new_zeros(texts, self.config.vocab_size, dtype=torch.bool)
-
     @torch.inference_mode()
     def next_logits(self, idx, cache, start=0):
         """Logits (B, n, V) in float32 after ids (B, T) at positions start…, which are added to the cache.
@@ -556,7 +552,8 @@ class GPT(nn.Module):
         with borrowed_graph(self, len(text), positions, options, compile, max_new_tokens) as graph:
             cache = graph.cache if graph else self.new_cache(len(text), positions)
             step = self.next_logits if lazy else fast_step(self, cache, max_new_tokens, compile)
-            seen = graph.seen if graph else self.new_seen(len(text))
+            # which ids (B, V) a text holds
+            seen = graph.seen if graph else text.new_zeros(len(text), self.config.vocab_size).bool()
             seen.zero_().scatter_(1, text, True)
             while written < max_new_tokens:
                 room = min(window - T, max_new_tokens - written) - 1 if written else 0
@@ -587,14 +584,6 @@ class GPT(nn.Module):
                     if draft is None or ids.item() != draft:
                         break
                     T += 1  # the draft is in the cache already
-
-    @torch.inference_mode()
-    def next_ids(self, ids, position, uniform, cache, seen, options):
-        """The ids (B,) that choose() takes after ids (B,) at position (1,): a step of fixed shapes."""
-        logits = self.next_logits(ids[:, None], cache, position)
-        ids = choose(logits[:, 0], uniform, *options, seen)
-        seen.scatter_(1, ids[:, None], True)
-        return ids
 
 
 def uniform_numbers(texts, seed, device):
@@ -792,17 +781,25 @@ def capture(run, *inputs):
 
 
 class Graph:
-    """next_ids() on a GPU as a CUDA graph, with the cache and the buffers whose addresses it has."""
+    """A step of fixed shapes as a CUDA graph, with the cache and the buffers whose addresses it has."""
 
     @torch.inference_mode(False)  # tensors made in a caller's inference_mode could not be written outside it
     def __init__(self, model, texts, positions, options, compile):
         if compile == 'True' and not model.compiled_steps:
             model.compile(dynamic=False)
             model.compiled_steps = True
-        self.cache, self.seen = model.new_cache(texts, positions), model.new_seen(texts)
-        ids = torch.zeros(texts, dtype=torch.long, device=self.seen.device)
-        run = functools.partial(model.next_ids, cache=self.cache, seen=self.seen, options=options)
-        self.step = capture(run, ids, ids[:1].clone(), ids.float())  # (ids, position, uniform numbers) -> ids
+        self.cache = model.new_cache(texts, positions)
+        ids = torch.zeros(texts, dtype=torch.long, device=self.cache[0].device)
+        self.seen = ids.new_zeros(texts, model.config.vocab_size, dtype=torch.bool)
+
+        @torch.inference_mode()
+        def step(ids, position, uniform):
+            """The ids (B,) that choose() takes after ids (B,) at position (1,)."""
+            logits = model.next_logits(ids[:, None], self.cache, position)
+            ids = choose(logits[:, 0], uniform, *options, self.seen)
+            self.seen.scatter_(1, ids[:, None], True)
+            return ids
+        self.step = capture(step, ids, ids[:1].clone(), ids.float())
 
 
 GRAPHS = weakref.WeakKeyDictionary()  # for each model, its idle graphs by what they were made for
