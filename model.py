@@ -717,8 +717,12 @@ def or_none(make, *args):
         with CAPTURING:
             return make(*args)
     except Exception as error:
-        reason = ' '.join(str(error).split())[:200]
-        print(f'compile failed ({reason}); going on eagerly, which is slower', file=sys.stderr)
+        print(f'compile failed ({one_line(error)}); going on eagerly, which is slower', file=sys.stderr)
+
+
+def one_line(error):
+    """An error's message on one line, at most 300 characters; its type if it has none."""
+    return ' '.join(str(error).split())[:300] or type(error).__name__
 
 
 def fast_step(model, cache, steps, compile='auto'):
@@ -1030,9 +1034,8 @@ def download(path):
         from huggingface_hub import snapshot_download  # Gradio brings it
         return snapshot_download(path, allow_patterns=['*.pt', '*.json', '*.txt', 'model*.safetensors'])
     except Exception as error:
-        reason = (' '.join(str(error).split()) or type(error).__name__).split('. ')[0][:200]
-        raise FileNotFoundError(f'{path}: not here, and not to be had from the Hub ({reason}); connect, or '
-                                'name a model file or folder that is here') from None
+        raise FileNotFoundError(f'{path}: not here, and not to be had from the Hub ({one_line(error)}); '
+                                'connect, or name a model file or folder that is here') from None
 
 
 def load(path, device='cpu'):
@@ -1046,7 +1049,7 @@ def load(path, device='cpu'):
     try:
         return build(contents, device), {**contents, 'path': path}
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f'{path}: its parts do not fit together: {str(error)[:300]}') from None
+        raise ValueError(f'{path}: its parts do not fit together: {one_line(error)}') from None
 
 
 def build(contents, device='cpu'):
@@ -1117,9 +1120,8 @@ def from_hugging_face(folder):
         shape = said.n_positions, facts['tokenizer']['vocab_size'], said.n_layer, said.n_head, said.n_embd
         config = GPTConfig(*shape, bias=facts['config']['bias'])
     except Exception as error:  # transformers raises nearly anything for a damaged folder
-        reason = ' '.join(str(error).split())[:300]
         way_out = 'pip install transformers' if isinstance(error, ImportError) else 'name another'
-        raise ValueError(f'{folder}: not a GPT-2 that folio can read: {reason}; {way_out}') from None
+        raise ValueError(f'{folder}: not a GPT-2 that folio can read: {one_line(error)}; {way_out}') from None
     weights = {name: w.t().contiguous() if re.search(r'c_\w+\.weight', name) else w  # Conv1D's (C, O)
                for name, w in theirs.transformer.state_dict().items()
                if config.bias or not name.endswith('bias')}  # their network always has biases
