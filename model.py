@@ -942,8 +942,8 @@ def replacing(path):
             folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's zip writer calls a full disk a RuntimeError
-        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:  # torch's zip writer makes a RuntimeError of a full disk
+        reason = getattr(error, 'strerror', None) or 'the disk may be full'
         raise OSError(f'{path} could not be written ({reason}); what was there is as it was') from None
     finally:
         if os.path.exists(temporary):

@@ -2046,6 +2046,13 @@ def test_train_goes_on_where_a_file_cannot_be_written(folder, failing, monkeypat
         same_run(folder / 'out/tiny', folder / 'out' / out)
 
 
+def test_train_looks_at_the_disks_space_before_the_first_step(folder, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=1000))
+    process = run('train.py', *TINY_RUN, '--out_dir=out/no_space', cwd=folder)
+    assert process.returncode == 1 and 'out/no_space: 0 MB are free' in process.stderr
+    done(run('train.py', *TINY_RUN, '--out_dir=', cwd=folder))
+
+
 def test_train_ends_at_a_second_signal_inside_a_long_call(folder):
     code = ("import runpy, sys, time, model\n"
             "def forward(*args):\n    print('forward', flush=True)\n    time.sleep(0.5)\n    time.sleep(60)\n"
