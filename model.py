@@ -769,7 +769,6 @@ def capture(run, *inputs):
     device = inputs[0].device
     free = STREAMS.setdefault(device, [])
     stream, graph = free.pop() if free else torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-    weakref.finalize(graph, free.append, stream)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.cuda.stream(stream):  # a failed capture would leave its stream set
         run(*inputs)  # loads the kernels, which a capture must not
@@ -781,6 +780,11 @@ def capture(run, *inputs):
             buffer[...] = values
         graph.replay()
         return output
+
+    def end():
+        graph.reset()  # first, because it frees the stream's workspace
+        free.append(stream)
+    weakref.finalize(replay, end).atexit = False
     return replay
 
 

@@ -340,17 +340,18 @@ def cut_exactly(blocks):
 def write_splits(folder, tokenizer, pairs, special_tokens, total):
     """Encode pairs of a split and a block, all of train first, into .tmp files of uint16; print the progress.
 
-    Returns {split: its number of ids} and {split: the bytes of their text}.
+    Returns {split: its number of ids}, {split: the bytes of their text} and {split: the file's SHA-256}.
     """
     def encode(piece):
         ids = [tokenizer.eot] if piece is None else tokenizer.encode(piece, special_tokens)
         return len(piece or ''), np.array(ids, dtype='<u2')
 
-    cores, lengths, tokens, size = os.cpu_count() or 1, byte_lengths(tokenizer), {}, {}
+    cores, lengths, tokens, size, digests = os.cpu_count() or 1, byte_lengths(tokenizer), {}, {}, {}
     began = shown = time.time()
     done = 0  # characters
     for split, pairs_of_split in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        pieces, tokens[split], size[split] = cut_exactly(block for _, block in pairs_of_split), 0, 0
+        pieces, digest = cut_exactly(block for _, block in pairs_of_split), hashlib.sha256()
+        tokens[split] = size[split] = 0
         # threads, because tiktoken releases the GIL; a few pieces ahead, because all would fill the memory
         with open(f'{folder}/{split}.bin.tmp', 'wb') as f, ThreadPoolExecutor(cores) as pool:
             jobs = (pool.submit(encode, piece) for piece in pieces)
@@ -359,6 +360,7 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
                 characters, ids = ahead.popleft().result()
                 ahead.extend(itertools.islice(jobs, 1))
                 f.write(ids.tobytes())
+                digest.update(ids)
                 tokens[split] += len(ids)
                 size[split] += int(lengths[ids].sum())
                 done += characters
@@ -367,8 +369,9 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
                     rate = max(done, 1) / (shown - began)
                     print(f'{done / total:.0%} of {total:,} characters, {rate / 1e6:.1f} M/s, '
                           f'{(total - done) / rate:.0f} s left', file=sys.stderr)
+        digests[split] = digest.hexdigest()
         print(f'{folder}/{split}.bin: {tokens[split]:,} tokens')
-    return tokens, size
+    return tokens, size, digests
 
 
 class FolderLock:
@@ -434,13 +437,13 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
 
     folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, joiner))
     _lock = FolderLock(folder)  # until the return
-    tokens, size = write_splits(folder, tok, pairs, special_tokens, total)
+    tokens, size, digests = write_splits(folder, tok, pairs, special_tokens, total)
     source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
               'bytes': sum(map(os.path.getsize, files))}
     meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
             'special_tokens': special_tokens,
             'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size,
-            'tokens': tokens, 'bytes': size}
+            'tokens': tokens, 'bytes': size, 'sha256': digests}
     replace_data(folder, meta)
     seconds = time.time() - began
     print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of '
@@ -448,12 +451,18 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     return meta
 
 
+def checksum(meta):
+    """The SHA-256 of meta.json's contents."""
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
 def replace_data(folder, meta):
     """Write meta.json, bring the .tmp files of a folder to the disk, and give them their final names.
 
     The old meta.json is deleted first and the new one named last, so a folder with a meta.json is complete.
     """
-    Path(folder, 'meta.json.tmp').write_text(json.dumps(meta, indent=1), 'utf-8')
+    text = json.dumps({**meta, 'checksum': checksum(meta)}, indent=1)
+    Path(folder, 'meta.json.tmp').write_text(text, 'utf-8')
     # val.bin comes before train.bin, because train.py takes data with a train.bin for complete
     new = [f'{split}.bin' for split in reversed(meta['tokens'])] + ['meta.json']
     for name in new:
@@ -476,6 +485,8 @@ def load_data(dataset):
     if os.path.exists(f'{folder}/meta.json'):
         try:
             meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
+            if meta.pop('checksum', '') not in ('', checksum(meta)):  # an older one has none
+                raise ValueError('its checksum is of other contents')
             get_tokenizer(meta['tokenizer'])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{folder}/meta.json: damaged ({error}); prepare it again') from None
@@ -488,6 +499,9 @@ def load_data(dataset):
         if size != want or split == 'train' and not size:
             raise ValueError(f'{path}: {size:,} bytes instead of {want:,}; prepare it again with prepare.py')
         splits.append(np.memmap(path, dtype='<u2', mode='c') if size else None)
+        known = meta.get('sha256', {}).get(split)  # a file over 1 GB would take seconds
+        if known and size <= 2**30 and hashlib.sha256(splits[-1]).hexdigest() != known:
+            raise ValueError(f'{path}: damaged: not the ids that prepare.py wrote; prepare it again')
         if 'tokens' not in meta and size and splits[-1].max() >= 50257:
             raise ValueError(f"{path}: no meta.json, and ids above GPT-2's largest, 50,256; prepare it again")
     return *splits, meta

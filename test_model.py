@@ -1041,7 +1041,8 @@ def test_capture_warms_up_then_records_on_a_stream_of_its_own(monkeypatch):
         assert stream is current[-1] and capture_error_mode == 'thread_local'
         log.append('record')
         yield
-    graph = type('CUDAGraph', (), dict(replay=lambda self: log.append('replay')))
+    graph = type('CUDAGraph', (), dict(replay=lambda self: log.append('replay'),
+                                      reset=lambda self: log.append('reset')))
     for name, value in dict(Stream=Stream, stream=on, graph=recording, CUDAGraph=graph,
                             current_stream=lambda device: current[-1],
                             device=lambda device: contextlib.nullcontext()).items():
@@ -1060,6 +1061,7 @@ def test_capture_warms_up_then_records_on_a_stream_of_its_own(monkeypatch):
     assert log.count('new stream') == 2
     del first, second
     gc.collect()
+    assert log.count('reset') == 2
     model.capture(run, ids)
     assert log.count('new stream') == 2 and current == ['default']
 
@@ -1515,6 +1517,27 @@ def test_folder_lock_holds_a_folder_against_another_process(folder):
     code = "import os, prepare; lock = prepare.FolderLock('locked'); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, '-c', code], cwd=folder, env={**os.environ, 'PYTHONPATH': HERE})
     FolderLock(folder / 'locked')
+
+
+@pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
+def test_load_data_notices_every_flipped_bit(tmp_path, monkeypatch, name):
+    """Or what it loads is equal: a blank between two values may be another blank."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text.txt').write_text('to be or not to be ' * 200)
+    prepare('text.txt', 'bits', 'bpe', vocab_size=260)
+    file = tmp_path / 'data/bits' / name
+    good, (train, val, meta) = file.read_bytes(), load_data('bits')
+    train, val, noticed, places = train.copy(), val.copy(), 0, random.Random(0)
+    for _ in range(60):
+        bad = bytearray(good)
+        bad[places.randrange(len(bad))] ^= 1 << places.randrange(8)
+        file.write_bytes(bad)
+        try:
+            ours = load_data('bits')
+            assert ours[2] == meta and (ours[0] == train).all() and (ours[1] == val).all()
+        except ValueError as error:
+            noticed += name in str(error)
+    assert noticed >= (60 if name.endswith('bin') else 40)
 
 
 def test_prepare_imports_no_torch():

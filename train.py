@@ -450,8 +450,8 @@ if __name__ == '__main__':
         # a checkpoint has weights and up to two averages in float32; a new one is written beside the old one
         need = (1 if start == 'resume' else 2) * 12 * raw_model.num_params()
         if (free := shutil.disk_usage(out_dir).free) < need:
-            fail(f'{out_dir}: {free / 1e6:,.0f} MB are free, and checkpoints need {need / 1e6:,.0f} MB; make room, '
-                 'or name another --out_dir')
+            fail(f'{out_dir}: {free / 1e6:,.0f} MB are free, and checkpoints need {need / 1e6:,.0f} MB; make '
+                 'room, or name another --out_dir')
 
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
