@@ -2070,9 +2070,15 @@ def test_train_goes_on_where_a_file_cannot_be_written(folder, failing, monkeypat
 
 
 def test_train_looks_at_the_disks_space_before_the_first_step(folder, monkeypatch):
+    """A run's old files count as room, and are kept where that is not enough."""
+    tiny_run(folder, 'room')
+    before = contents_of(folder / 'out/room')
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=1000))
-    process = run('train.py', *TINY_RUN, '--out_dir=out/no_space', cwd=folder)
-    assert process.returncode == 1 and 'out/no_space: 0 MB are free' in process.stderr
+    for out in 'no_room', 'room':
+        args = [*TINY_RUN, f'--out_dir=out/{out}', '--overwrite', '--n_layer=20']
+        one_line(run('train.py', *args, cwd=folder), 1, f'out/{out}: 0 MB are free')
+    assert contents_of(folder / 'out/room') == before
+    tiny_run(folder, 'room', '--overwrite')
     done(run('train.py', *TINY_RUN, '--out_dir=', cwd=folder))
 
 

@@ -445,13 +445,13 @@ if __name__ == '__main__':
     source = parent = kept = None  # frees their memory
     if master and out_dir:
         lock = FolderLock(out_dir)  # until the process ends
-        for path in there if start != 'resume' else ():
-            os.remove(path)
         # a checkpoint has weights and up to two averages in float32; a new one is written beside the old one
-        need = (1 if start == 'resume' else 2) * 12 * raw_model.num_params()
-        if (free := shutil.disk_usage(out_dir).free) < need:
+        free, need = shutil.disk_usage(out_dir).free, 2 * 12 * raw_model.num_params()
+        if free + sum(map(os.path.getsize, there)) < need:
             fail(f'{out_dir}: {free / 1e6:,.0f} MB are free, and checkpoints need {need / 1e6:,.0f} MB; make '
                  'room, or name another --out_dir')
+        for path in there if start != 'resume' else ():
+            os.remove(path)
 
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
