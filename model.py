@@ -1039,7 +1039,7 @@ def download(path):
         return snapshot_download(path, allow_patterns=['*.pt', '*.json', '*.txt', 'model*.safetensors'])
     except Exception as error:
         raise FileNotFoundError(f'{path}: not here, and not to be had from the Hub ({one_line(error)}); '
-                                'connect, or name a model file or folder that is here') from None
+                                'connect, run hf auth login, or name a model that is here') from None
 
 
 def load(path, device='cpu'):

@@ -3,12 +3,15 @@ The tests: against Hugging Face, tiktoken, torch and uninterrupted runs rather t
 
 $ python -m pytest -q
 """
+import ast
 import contextlib
 import csv
 import functools
 import gc
 import gzip
 import hashlib
+import http.server
+import importlib.metadata
 import io
 import itertools
 import json
@@ -21,8 +24,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+import urllib.parse
 import urllib.request
 import warnings
 
@@ -280,6 +285,58 @@ class Bytes:
         return bytes(ids)
 
 
+# -- helpers: the Hub ----------------------------------------------------------------------------------------
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """Answers what huggingface_hub's snapshot_download() asks of the Hub, from the folders of a Hub."""
+
+    def do_GET(self):
+        hub, path = self.server, urllib.parse.unquote(self.path.partition('?')[0])
+        asked = re.fullmatch(r'/(?:api/\w+/)?(.+?)/(revision|tree|resolve)/\w+/?(.*)', path)
+        id, what, name = asked.groups() if asked else ('', '', '')
+        status, body = hub.refusals.get(id, 200 if id in hub.folders else 404), b''
+        if status in (401, 403) and what != 'resolve':
+            status = 200  # anyone may list a gated repository
+        if status == 200:
+            files = contents_of(hub.folders[id])
+            listed = [dict(type='file', path=name, size=len(file), oid=hashlib.sha1(file).hexdigest())
+                      for name, file in files.items()]
+            answers = dict(revision={'id': id, 'sha': '1' * 40, 'siblings': []}, tree=listed)
+            body = files[name] if what == 'resolve' else json.dumps(answers[what]).encode()
+        self.send_response(status)
+        self.send_header('ETag', f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header('X-Repo-Commit', '1' * 40)
+        reasons = {401: 'GatedRepo', 403: 'GatedRepo', 404: 'RepoNotFound'}
+        self.send_header('X-Error-Code', reasons.get(status, ''))
+        self.send_header('Content-Length', len(body))
+        self.end_headers()
+        if self.command == 'GET' and what == 'resolve' and id in hub.cut:
+            body, hub.refusals[id] = body[:len(body) // 2], 503  # the connection breaks, and so do all others
+        if self.command == 'GET':
+            with contextlib.suppress(ConnectionError):  # the client may be gone
+                self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A stand-in of the Hub: {id: folder}, refusals {id: HTTP status}, and the ids whose files it cuts."""
+
+    def __init__(self, folders, handler=HubHandler):
+        super().__init__(('127.0.0.1', 0), handler)
+        self.folders, self.refusals, self.cut = folders, {}, set()
+        self.address = f'http://127.0.0.1:{self.server_port}'
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def close(self):
+        """Refuse every connection from now on."""
+        self.shutdown()
+        self.server_close()
+
+
 # -- helpers: the page ---------------------------------------------------------------------------------------
 
 def serve(checkpoint, *args, cwd):
@@ -330,6 +387,19 @@ def folder(tmp_path_factory):
     assert status == 0, error
     (path / 'stdout.txt').write_text(out, encoding='utf-8')
     return path
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A Hub on this machine that holds the tiny model as me/folio, and an empty cache."""
+    constants = pytest.importorskip('huggingface_hub.constants', reason='pip install gradio')
+    server = Hub({'me/folio': folder / 'out/tiny'})
+    url = server.address + '/{repo_id}/resolve/{revision}/{filename}'
+    for name, value in dict(ENDPOINT=server.address, HUGGINGFACE_CO_URL_TEMPLATE=url, HF_HUB_OFFLINE=False,
+                            HF_HUB_CACHE=str(tmp_path / 'cache')).items():
+        monkeypatch.setattr(constants, name, value)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope='session')
@@ -1133,15 +1203,32 @@ def test_find_takes_most_steps_then_the_newest_run(gpt, tmp_path):
     assert find(tmp_path) == longer
 
 
-def test_find_takes_a_hub_id(gpt, tmp_path, monkeypatch):
-    hub = pytest.importorskip('huggingface_hub', reason='pip install gradio')
-    save_gpt(tmp_path / 'model.pt', gpt, step=7)
-    monkeypatch.setattr(hub, 'snapshot_download', lambda repo, **_: {'someone/folio': str(tmp_path)}[repo])
-    assert load('someone/folio')[1]['step'] == 7
-    with pytest.raises(FileNotFoundError, match='someone/else: .*not to be had from the Hub'):
-        find('someone/else')
+def test_find_takes_a_hub_id_and_without_the_hub_its_cache(hub, tmp_path):
+    save_hugging_face(tmp_path / 'gpt2')
+    hub.folders['gpt2'] = tmp_path / 'gpt2'
+    models = load('me/folio')[1]['step'], load('gpt2')[0].config.n_embd
+    assert models == (20, 64)
+    hub.close()
+    assert models == (load('me/folio')[1]['step'], load('gpt2')[0].config.n_embd)
+    with pytest.raises(FileNotFoundError, match='me/other: .*not to be had from the Hub.*Connection refused'):
+        find('me/other')
     with pytest.raises(FileNotFoundError, match='no such model file'):
         find(str(tmp_path / 'none'))  # no id
+
+
+@pytest.mark.parametrize('status, words', [
+    (401, 'gated repo'), (403, 'gated repo'), (404, 'Repository Not Found'), (500, '500 Internal'),
+    (0, '503')])  # cut in the middle, and then 503
+def test_find_takes_nothing_that_the_hub_refuses_or_cuts(hub, folder, monkeypatch, status, words):
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)  # its client waits before it tries again
+    hub.refusals, hub.cut = ({'me/folio': status}, ()) if status else ({}, ('me/folio',))
+    process = run('sample.py', '--checkpoint=me/folio', cwd=folder)
+    process.stderr = process.stderr.rpartition('it/s]\n')[2]  # after the client's progress bar
+    one_line(process, 1, 'sample.py: me/folio: not here', words, 'hf auth login')
+    with pytest.raises(FileNotFoundError):
+        find('me/folio')  # what has arrived is no model
+    hub.refusals, hub.cut = {}, ()
+    assert load('me/folio')[1]['step'] == 20
 
 
 def test_read_refuses_damaged_files(gpt, tmp_path):
@@ -2208,6 +2295,47 @@ def test_ranks_end_together_and_go_on(folder, number):
         assert [int(row['step']) for row in log_of(folder / out)] == list(range(20, 201, 20))
     else:
         assert status != 0 and error.count('SIGTERM at step') == 1 and 'exitcode: 143' in error, error
+
+
+# -- what is published ---------------------------------------------------------------------------------------
+
+def pinned():
+    """{package: version} of requirements.txt."""
+    with open(f'{HERE}/requirements.txt', encoding='utf-8') as f:
+        return dict(line.strip().split('==') for line in f)
+
+
+def test_readme_begins_with_the_card_of_a_space():
+    packaging = pytest.importorskip('packaging.specifiers', reason='pip install gradio')
+    with open(f'{HERE}/README.md', encoding='utf-8') as f:
+        card = dict(line.split(': ', 1) for line in f.read().split('---\n')[1].splitlines())
+    assert (card['sdk'], card['sdk_version']) == ('gradio', pinned()['gradio'])
+    assert os.path.isfile(f"{HERE}/{card['app_file']}") and len(card['short_description']) <= 60
+    assert {card['colorFrom'], card['colorTo']} < set('red yellow green blue indigo purple pink gray'.split())
+    for package in pinned():  # without python_version, a Space has 3.10
+        wanted = importlib.metadata.metadata(package)['Requires-Python']
+        assert packaging.SpecifierSet(wanted).contains(card.get('python_version', '3.10').strip("'")), package
+
+
+def test_requirements_bring_all_that_the_scripts_import():
+    brought, wanted, imported = set(), list(pinned()), set()
+    while wanted:
+        name = re.match(r'[\w.-]+', wanted.pop())[0].lower().replace('_', '-')
+        if name not in brought:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # another system's
+                wanted += [line for line in importlib.metadata.requires(name) or () if 'extra ==' not in line]
+                brought.add(name)
+    for script in ('model', 'train', 'app', 'prepare', 'quantize', 'config/__init__', 'sample'):
+        with open(f'{HERE}/{script}.py', encoding='utf-8') as f:
+            for node in ast.walk(ast.parse(f.read())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) else []
+                imported.update(name.split('.')[0] for name in names)
+    ours = {'config', 'model', 'prepare', 'train'}
+    extra = {'transformers', 'safetensors', 'tokenizers'}  # the README: pip install transformers
+    packages = importlib.metadata.packages_distributions()
+    for name in imported - sys.stdlib_module_names - ours - extra:
+        assert {package.lower().replace('_', '-') for package in packages[name]} & brought, name
 
 
 # -- sample.py -----------------------------------------------------------------------------------------------
