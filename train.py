@@ -15,6 +15,7 @@ COMMAND_BEGAN = time.time()  # torch takes seconds to import
 import contextlib
 import datetime
 import functools
+import json
 import math
 import os
 import shlex
@@ -346,18 +347,29 @@ if __name__ == '__main__':
     if left_over:
         fail(f'{ranks} ranks cannot share batch_size {batch_size}; make it a multiple of {ranks}', 2)
 
+    agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    restarts, nodes = (os.environ.get(name) for name in ('TORCHELASTIC_MAX_RESTARTS', 'GROUP_WORLD_SIZE'))
+    if agent_store and nodes != '1' and restarts != '0':
+        fail('nodes would not meet again after a restart, because each counts its own; start torchrun with '
+             'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv-backend=c10d, or with --max-restarts=0', 2)
+
     # -- the data --------------------------------------------------------------------------------------------
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
         prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'))
-    if ranks > 1:  # torchrun keeps its store over a restart: the prefix hides the last attempt's addresses
+    if ranks > 1:
         day = datetime.timedelta(days=1)  # preparing a large corpus takes long
         store = next(dist.rendezvous('env://', rank, ranks, timeout=day))[0]
-        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        if agent_store:  # it outlives a restart: the prefix hides the last attempt's addresses
+            store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
         store.set(f'rank {rank}', 'has its data')
         store.wait(['rank 0'])
         backend, gpu = ('nccl', torch.device(chip)) if kind == 'cuda' else ('gloo', None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=gpu)
     train_tokens, val_tokens, data_meta = load_data(dataset)
+    here = json.dumps([start, source.get('step', 0), settings, data_meta])
+    if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first to come sets it
+        fail(f"rank {rank}: its settings, {out_dir} ({start}, step {source.get('step', 0):,}) or "
+             f"data/{dataset} are not another rank's; give all nodes one command and the same folders")
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
         chosen = settings_for(len(train_tokens), n_embd)
         merge(settings, globals(), {key: chosen[key] for key in chosen if not settings[key]}, (), '')
