@@ -1884,7 +1884,7 @@ def test_train_starts_every_preset(preset, folder, tmp_path):
         shape = ['--init_from=parent']
     process = done(run('train.py', f'config/{preset}', *shape, '--seq_len=16', '--batch_size=2',
                        '--max_iters=2', '--max_minutes=0', '--eval_iters=1', '--final_eval_tokens=50',
-                       cwd=tmp_path))
+                       '--gradient_accumulation_steps=1', cwd=tmp_path))
     assert 'max_iters 2 reached' in process.stdout
     if name == 'bench':
         assert 'nothing written' in process.stdout and 'mfu' in process.stdout
@@ -1895,6 +1895,19 @@ def test_train_starts_every_preset(preset, folder, tmp_path):
     assert (out / 'model.pt').exists()
     if re.search(r'_b\d|int8', name):  # the published runs
         assert settings['val_fraction'] == 0 and settings['shift_windows'] is False
+
+
+@pytest.mark.parametrize('size, parameters', [('gpt2', 124_439_808), ('gpt2_medium', 354_823_168),
+                                              ('gpt2_large', 774_030_080), ('gpt2_xl', 1_557_611_200)])
+def test_gpt2_presets_fit_80_gb(size, parameters):
+    """OpenAI's shapes, half a million tokens a step; by the formula a tenth of a GPU is left."""
+    memory_of = runpy.run_path(f'{HERE}/.ci/memory')['memory_of']
+    preset, shape = config.run_file(f'config/{size}.py', {}), ('n_layer', 'n_head', 'n_embd')
+    assert GPTConfig(**{key: preset[key] for key in shape if key in preset}).num_params() == parameters
+    assert preset['batch_size'] * preset['gradient_accumulation_steps'] * 1024 == 2**19
+    with open(f'{HERE}/config/{size}.py', encoding='utf-8') as f:
+        stated = int(re.search(r'(\d+) GB by .ci/memory', f.read())[1])
+    assert round(memory_of(preset, 8) / 1e9) == stated < 72
 
 
 @pytest.mark.parametrize('tokens, n_layer, dropout', [(5, 2, 0.2), (150_000, 4, 0.1), (10**9, 4, 0.0)])
@@ -2268,6 +2281,14 @@ def test_ranks_see_what_one_process_sees(folder, ranks, share):
     assert status == 0, error
     for a, b in zip(log_of(folder / 'out/one_rank'), log_of(folder / 'out/ranks'), strict=True):
         assert all(abs(float(a[key] or 0) - float(b[key] or 0)) < 1e-4 for key in ('loss', 'val_loss'))
+
+
+def test_ranks_of_nodes_that_would_not_meet_again_are_refused(folder, monkeypatch):
+    for name, value in dict(WORLD_SIZE=2, GROUP_WORLD_SIZE=2, TORCHELASTIC_MAX_RESTARTS=1,
+                            TORCHELASTIC_USE_AGENT_STORE=True).items():
+        monkeypatch.setenv(name, str(value))  # as torchrun sets them
+    one_line(run('train.py', *TINY_RUN, '--out_dir=out/none', cwd=folder), 2,
+             'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1', '--max-restarts=0')
 
 
 def test_ranks_that_cannot_share_are_refused(folder, monkeypatch):
