@@ -15,7 +15,6 @@ COMMAND_BEGAN = time.time()  # torch takes seconds to import
 import contextlib
 import datetime
 import functools
-import json
 import math
 import os
 import shlex
@@ -347,7 +346,7 @@ if __name__ == '__main__':
     if left_over:
         fail(f'{ranks} ranks cannot share batch_size {batch_size}; make it a multiple of {ranks}', 2)
 
-    agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # outlives a restart
     restarts, nodes = (os.environ.get(name) for name in ('TORCHELASTIC_MAX_RESTARTS', 'GROUP_WORLD_SIZE'))
     if agent_store and nodes != '1' and restarts != '0':
         fail('nodes would not meet again after a restart, because each counts its own; start torchrun with '
@@ -359,14 +358,14 @@ if __name__ == '__main__':
     if ranks > 1:
         day = datetime.timedelta(days=1)  # preparing a large corpus takes long
         store = next(dist.rendezvous('env://', rank, ranks, timeout=day))[0]
-        if agent_store:  # it outlives a restart: the prefix hides the last attempt's addresses
+        if agent_store:  # the prefix hides the last attempt's addresses
             store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
         store.set(f'rank {rank}', 'has its data')
         store.wait(['rank 0'])
         backend, gpu = ('nccl', torch.device(chip)) if kind == 'cuda' else ('gloo', None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=gpu)
     train_tokens, val_tokens, data_meta = load_data(dataset)
-    here = json.dumps([start, source.get('step', 0), settings, data_meta])
+    here = repr((start, source.get('step', 0), settings, data_meta))
     if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first to come sets it
         fail(f"rank {rank}: its settings, {out_dir} ({start}, step {source.get('step', 0):,}) or "
              f"data/{dataset} are not another rank's; give all nodes one command and the same folders")

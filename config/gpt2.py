@@ -8,7 +8,7 @@ dataset = 'fineweb'
 tokenizer = 'gpt2'
 val_fraction = 0.0005
 
-batch_size = 32                   # windows of 1,024 in a GPU's pass: 20 GB by .ci/memory
+batch_size = 32                   # windows of 1,024 in a GPU's pass: 18 GB by .ci/memory
 gradient_accumulation_steps = 16  # passes of all GPUs together: two for each of eight
 
 learning_rate = 6e-4              # nanoGPT's, as are min_lr and what train.py has for AdamW

@@ -9,7 +9,7 @@ val_fraction = 0.0005
 n_layer = 36
 n_head = 20
 n_embd = 1280
-batch_size = 16                   # windows in a GPU's pass: 50 GB by .ci/memory, so no gradient_checkpointing
+batch_size = 16                   # windows in a GPU's pass: 49 GB by .ci/memory, so no gradient_checkpointing
 gradient_accumulation_steps = 32  # passes of all GPUs together: four for each of eight
 
 learning_rate = 2.5e-4            # GPT-3's for this size, https://arxiv.org/abs/2005.14165

@@ -9,7 +9,7 @@ val_fraction = 0.0005
 n_layer = 24
 n_head = 16
 n_embd = 1024
-batch_size = 32                   # windows in a GPU's pass: 43 GB by .ci/memory, so no gradient_checkpointing
+batch_size = 32                   # windows in a GPU's pass: 42 GB by .ci/memory, so no gradient_checkpointing
 gradient_accumulation_steps = 16  # passes of all GPUs together: two for each of eight
 
 learning_rate = 3e-4              # GPT-3's for this size, https://arxiv.org/abs/2005.14165

@@ -9,7 +9,7 @@ val_fraction = 0.0005
 n_layer = 48
 n_head = 25
 n_embd = 1600
-batch_size = 8                    # windows in a GPU's pass: 62 GB by .ci/memory, so no gradient_checkpointing
+batch_size = 8                    # windows in a GPU's pass: 61 GB by .ci/memory, so no gradient_checkpointing
 gradient_accumulation_steps = 64  # passes of all GPUs together: eight for each of eight
 
 learning_rate = 2e-4              # GPT-3's for this size, https://arxiv.org/abs/2005.14165
