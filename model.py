@@ -932,8 +932,8 @@ def device_name(device):
 def replacing(path):
     """An open binary file that becomes `path` once all of it is on disk.
 
-    After a kill at any instant the old file is there, or the new one. If writing fails, the old one stays and
-    OSError is raised.
+    After a kill or a failure at any instant the old file is there, or the new one. Raises OSError if it is
+    not sure that the new one is on the disk.
     """
     temporary = f'{path}.tmp'
     try:
@@ -946,11 +946,12 @@ def replacing(path):
             folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's zip writer makes a RuntimeError of a full disk
-        reason = getattr(error, 'strerror', None) or 'the disk may be full'
-        raise OSError(f'{path} could not be written ({reason}); what was there is as it was') from None
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises a RuntimeError after an OSError
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, 'strerror', None) or 'the disk may be full'
+        raise OSError(f'{path} could not be written ({reason}); what is there is whole') from None
     finally:
-        if os.path.exists(temporary):
+        with contextlib.suppress(OSError):  # it is not there after a rename
             os.remove(temporary)
 
 

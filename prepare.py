@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import weakref
@@ -338,7 +339,7 @@ def cut_exactly(blocks):
 
 
 def write_splits(folder, tokenizer, pairs, special_tokens, total):
-    """Encode pairs of a split and a block, all of train first, into .tmp files of uint16; print the progress.
+    """Encode pairs of a split and a block, all of train first, into files of uint16; print the progress.
 
     Returns {split: its number of ids}, {split: the bytes of their text} and {split: the file's SHA-256}.
     """
@@ -353,7 +354,7 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
         pieces, digest = cut_exactly(block for _, block in pairs_of_split), hashlib.sha256()
         tokens[split] = size[split] = 0
         # threads, because tiktoken releases the GIL; a few pieces ahead, because all would fill the memory
-        with open(f'{folder}/{split}.bin.tmp', 'wb') as f, ThreadPoolExecutor(cores) as pool:
+        with open(f'{folder}/{split}.bin', 'wb') as f, ThreadPoolExecutor(cores) as pool:
             jobs = (pool.submit(encode, piece) for piece in pieces)
             ahead = collections.deque(itertools.islice(jobs, 4 * cores))
             while ahead:
@@ -370,7 +371,6 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
                     print(f'{done / total:.0%} of {total:,} characters, {rate / 1e6:.1f} M/s, '
                           f'{(total - done) / rate:.0f} s left', file=sys.stderr)
         digests[split] = digest.hexdigest()
-        print(f'{folder}/{split}.bin: {tokens[split]:,} tokens')
     return tokens, size, digests
 
 
@@ -379,17 +379,53 @@ class FolderLock:
 
     Raises ValueError if another process holds the lock.
     """
+    descriptor = None
+
     def __init__(self, folder):
         os.makedirs(folder, exist_ok=True)
         try:
             import fcntl
-            descriptor = os.open(folder, os.O_RDONLY)
-            weakref.finalize(self, os.close, descriptor)  # which also ends the lock
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.descriptor = os.open(folder, os.O_RDONLY)
+            weakref.finalize(self, os.close, self.descriptor)  # which also ends the lock
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f'{folder}: another process writes there; wait, or name another') from None
         except (ImportError, OSError):  # Windows and some network file systems have no such locks
             pass
+
+
+@contextlib.contextmanager
+def replacing_files(folder, old):
+    """The path of a new folder, whose files take the place of the files named `old` when the block ends.
+
+    The first of `old` goes first and comes last, so a folder that has it is complete. If anything fails, the
+    old files are put back; if that fails too, they are in `folder`/tmp. Raises OSError, or ValueError if
+    another process writes there.
+    """
+    lock, new, moved = FolderLock(folder), os.path.join(folder, 'tmp'), []
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    try:
+        os.makedirs(new)
+        yield new
+        names = sorted(os.listdir(new), key=old[0].__eq__)
+        for name in names:
+            with open(f'{new}/{name}', 'rb+') as f:
+                os.fsync(f.fileno())
+        here = [name for name in dict.fromkeys([*old, *names]) if os.path.exists(f'{folder}/{name}')]
+        away = [(f'{folder}/{name}', f'{new}/{name}.old') for name in here]
+        for move in away + [(f'{new}/{name}', f'{folder}/{name}') for name in names]:
+            os.replace(*move)
+            moved.append(move)
+        if lock.descriptor is not None:  # the renames reach the disk with the folder
+            os.fsync(lock.descriptor)
+    except BaseException as error:
+        for before, after in reversed(moved):
+            os.replace(after, before)
+        shutil.rmtree(new, ignore_errors=True)
+        if getattr(error, 'errno', None) and not error.filename:  # of a write, which does not say where
+            raise OSError(error.errno, error.strerror, folder) from None
+        raise
+    shutil.rmtree(new, ignore_errors=True)
 
 
 def check_dataset(dataset):
@@ -436,15 +472,18 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
 
     folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, joiner))
-    _lock = FolderLock(folder)  # until the return
-    tokens, size, digests = write_splits(folder, tok, pairs, special_tokens, total)
-    source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
-              'bytes': sum(map(os.path.getsize, files))}
-    meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
-            'special_tokens': special_tokens,
-            'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size,
-            'tokens': tokens, 'bytes': size, 'sha256': digests}
-    replace_data(folder, meta)
+    with replacing_files(folder, ('train.bin', 'meta.json', 'val.bin')) as new:
+        tokens, size, digests = write_splits(new, tok, pairs, special_tokens, total)
+        source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
+                  'bytes': sum(map(os.path.getsize, files))}
+        meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
+                'special_tokens': special_tokens,
+                'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size,
+                'tokens': tokens, 'bytes': size, 'sha256': digests}
+        text = json.dumps({**meta, 'checksum': checksum(meta)}, indent=1)
+        Path(new, 'meta.json').write_text(text, 'utf-8')
+    for split in tokens:
+        print(f'{folder}/{split}.bin: {tokens[split]:,} tokens')
     seconds = time.time() - began
     print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of '
           f'{input} in {seconds:.1f} s ({total / seconds / 1e6:.1f} M/s)')
@@ -454,24 +493,6 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
 def checksum(meta):
     """The SHA-256 of meta.json's contents."""
     return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
-
-
-def replace_data(folder, meta):
-    """Write meta.json, bring the .tmp files of a folder to the disk, and give them their final names.
-
-    The old meta.json is deleted first and the new one named last, so a folder with a meta.json is complete.
-    """
-    text = json.dumps({**meta, 'checksum': checksum(meta)}, indent=1)
-    Path(folder, 'meta.json.tmp').write_text(text, 'utf-8')
-    # val.bin comes before train.bin, because train.py takes data with a train.bin for complete
-    new = [f'{split}.bin' for split in reversed(meta['tokens'])] + ['meta.json']
-    for name in new:
-        with open(f'{folder}/{name}.tmp', 'rb+') as f:
-            os.fsync(f.fileno())
-    for name in ('meta.json', 'train.bin', 'val.bin'):
-        Path(folder, name).unlink(missing_ok=True)
-    for name in new:
-        os.replace(f'{folder}/{name}.tmp', f'{folder}/{name}')
 
 
 def load_data(dataset):

@@ -15,11 +15,12 @@ import shlex
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from model import LAYERS, build, keep_freed_memory, load, replacing, save, split_loss
-from prepare import bits_per_nat, get_tokenizer, hugging_face_tokenizer, load_data_of
+from prepare import bits_per_nat, get_tokenizer, hugging_face_tokenizer, load_data_of, replacing_files
 
 
 def convert(weights, dtype):
@@ -66,8 +67,7 @@ def write_hugging_face(folder, config, weights, dtype, facts):
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
 
     `facts` is what a model file says beside the weights. config.json keeps it under 'folio', so that load()
-    can read it back. The old config.json is deleted first and the new one written last, so a folder with a
-    config.json is complete.
+    can read it back. Raises OSError, and then leaves an older export as it was; see replacing_files().
     """
     from safetensors.torch import save as to_bytes
     from transformers import GPT2Config
@@ -82,15 +82,12 @@ def write_hugging_face(folder, config, weights, dtype, facts):
         n_head=config.n_head, n_embd=config.n_embd, attn_pdrop=config.dropout, embd_pdrop=config.dropout,
         resid_pdrop=config.dropout, architectures=['GPT2LMHeadModel'], bos_token_id=tokenizer.eot,
         eos_token_id=tokenizer.eot, dtype=dtype, folio={**facts, 'config': dataclasses.asdict(config)})
-    os.makedirs(folder, exist_ok=True)
-    for pattern in ('config.json', 'model*.safetensors*', 'pytorch_model*.bin*', 'vocab.json', 'merges.txt'):
-        for old in glob.glob(os.path.join(glob.escape(folder), pattern)):
-            os.remove(old)
-    hugging_face_tokenizer(tokenizer, facts['trained_context']).save_pretrained(folder)
-    for name, content in (('model.safetensors', to_bytes(tensors, {'format': 'pt'})),
-                          ('config.json', said.to_json_string().encode())):
-        with replacing(os.path.join(folder, name)) as f:
-            f.write(content)
+    patterns = 'model*.safetensors*', 'pytorch_model*.bin*', 'vocab.json', 'merges.txt'
+    old = [name for pattern in patterns for name in glob.glob(pattern, root_dir=folder)]
+    with replacing_files(folder, ['config.json', *old]) as new:
+        hugging_face_tokenizer(tokenizer, facts['trained_context']).save_pretrained(new)
+        Path(new, 'model.safetensors').write_bytes(to_bytes(tensors, {'format': 'pt'}))
+        Path(new, 'config.json').write_text(said.to_json_string(), 'utf-8')
 
 
 if __name__ == '__main__':

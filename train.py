@@ -444,10 +444,10 @@ if __name__ == '__main__':
     # -- the state of the run: all of it but weights and optimizers ------------------------------------------
     # logged_step is -1 for a run that starts from another model, so that step 0 is evaluated
     state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if source else 0, loss_sum=0.0, log_bytes=0,
-                 recent=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
+                 recent=[], rows=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
                  losses={}, best_val=math.inf, best_val_step=0, bad_evals=0)
     if start == 'resume':
-        state = source['state']
+        state.update(source['state'])
         for one, kept in zip(optimizers, source['optimizers']):  # rates and decay are this command's
             one.load_state_dict({'state': kept['state'], 'param_groups': one.state_dict()['param_groups']})
         scaler.load_state_dict(source['scaler'] or scaler.state_dict())
@@ -478,7 +478,8 @@ if __name__ == '__main__':
             yield
             unsaved.remove(name)
         except OSError as error:
-            print(f"step {state['step']:,}: {error}", file=errors)
+            reason = f'{files[name]}: {error.strerror}' if error.errno else error
+            print(f"step {state['step']:,}: {reason}", file=errors)
 
     def keep(name, **more):
         """Write one of the run's model files; see save()."""
@@ -518,15 +519,23 @@ if __name__ == '__main__':
         row = dict(step=step, loss=loss, grad_norm=state['grad_norm'], lr=f'{lr:.6e}', train_loss='',
                    val_loss='', tokens_per_s=speed, seconds=state['seconds'], val_bpb='') | losses
         if master and out_dir:
+            state['rows'].append({key: f'{cell:.6f}' if isinstance(cell, float) else str(cell)
+                                  for key, cell in row.items()})
+            write_rows()
+
+    def write_rows():
+        """Append to log.csv the rows that are not there yet: the last one, and those before that failed."""
+        if state['rows']:
             with tried('log.csv'), open(files['log.csv'], 'a+', encoding='utf-8', newline='\n') as f:
                 # cut off half a row, where the disk was full, and the rows after a resumed run's checkpoint
                 f.truncate(min(state['log_bytes'], f.tell()))
                 f.seek(0)
-                header = f.readline() or ','.join(row) + '\n'
-                cells = [f'{cell:.6f}' if isinstance(cell, float) else str(cell) for cell in row.values()]
-                cells = cells[:header.count(',') + 1]  # an older log has no val_bpb
-                f.write((header if f.tell() == 0 else '') + ','.join(cells) + '\n')  # one write for the row
+                header = f.readline() or ','.join(state['rows'][0]) + '\n'
+                columns = header.count(',') + 1  # an older log has no val_bpb
+                rows = [','.join([*row.values()][:columns]) + '\n' for row in state['rows']]
+                f.write((header if f.tell() == 0 else '') + ''.join(rows))  # one write for all
                 state['log_bytes'] = f.tell()  # which flushes first
+                state['rows'].clear()
 
     @torch.no_grad()
     @autocast()
@@ -644,6 +653,7 @@ if __name__ == '__main__':
 
     # -- the end: the last save, the losses of the whole splits, the file to deploy, the report --------------
     collect()
+    write_rows()
     keep_checkpoint()
     if ranks > 1:
         dist.barrier()  # torchrun ends all ranks when one leaves with an error, so the save comes first
@@ -664,7 +674,7 @@ if __name__ == '__main__':
           f'best; first step under {passed}')
     best, at = state['best_val'], state['best_val_step']
     if best < math.inf:
-        kept = f", kept in {files['best.pt']}" if out_dir else ''
+        kept = f", kept in {files['best.pt']}" if out_dir and 'best.pt' not in unsaved else ''
         print(f'best        {best:.4f} validation, {best * bits:.3f} bits per byte, at step {at:,}{kept}')
     if patience and out_dir and os.path.exists(files['best.pt']):  # model.pt gets the best weights
         raw_model.load_state_dict(load(files['best.pt'])[0].state_dict())
@@ -683,7 +693,7 @@ if __name__ == '__main__':
     keep('model.pt', losses=final)
     if sample_interval:
         print_sample(raw_model, tok, seed)
-    if out_dir:
-        print(f"{files['log.csv']} has the curve. Now: python sample.py --checkpoint={shlex.quote(out_dir)}")
     if unsaved:
         fail(f"{', '.join(sorted(unsaved))} could not be written to {out_dir}; make room, then resume")
+    if out_dir:
+        print(f"{files['log.csv']} has the curve. Now: python sample.py --checkpoint={shlex.quote(out_dir)}")
