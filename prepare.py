@@ -441,14 +441,15 @@ def check_vocab_size(size):
 
 
 def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1,
-            special_tokens=False, vocab_size=0, known=None):
+            special_tokens=False, vocab_size=0, known=None, replace=True):
     """Turn text into the files of data/<dataset>/; return the contents of meta.json.
 
     The last `val_fraction` of the characters is cut off before tokenizing. Between two documents stands the
     document end, or a newline for char. `known` is the meta of a tokenizer to use; without it, char takes the
     text's characters, and bpe learns a vocabulary of `vocab_size` ids from the training split (0: 1,024 for
     texts under 400 kB, 4,096 from 1.6 MB on, else 2,048).
-    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were.
+    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were; without
+    `replace` also where there are some.
     """
     if vocab_size and tokenizer != 'bpe':
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
@@ -473,6 +474,8 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
 
     folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, joiner))
     with replacing_files(folder, ('train.bin', 'meta.json', 'val.bin')) as new:
+        if not replace and os.path.exists(f'{folder}/train.bin'):
+            raise ValueError(f'{folder}: another process has just prepared it; start again')
         tokens, size, digests = write_splits(new, tok, pairs, special_tokens, total)
         source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
                   'bytes': sum(map(os.path.getsize, files))}
@@ -506,7 +509,7 @@ def load_data(dataset):
     if os.path.exists(f'{folder}/meta.json'):
         try:
             meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
-            if meta.pop('checksum', '') not in ('', checksum(meta)):  # an older one has none
+            if meta.pop('checksum', '') != (checksum(meta) if 'sha256' in meta else ''):  # older: neither
                 raise ValueError('its checksum is of other contents')
             get_tokenizer(meta['tokenizer'])
         except (ValueError, KeyError, TypeError, AttributeError) as error:

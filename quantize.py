@@ -85,7 +85,10 @@ def write_hugging_face(folder, config, weights, dtype, facts):
     patterns = 'model*.safetensors*', 'pytorch_model*.bin*', 'vocab.json', 'merges.txt'
     old = [name for pattern in patterns for name in glob.glob(pattern, root_dir=folder)]
     with replacing_files(folder, ['config.json', *old]) as new:
-        hugging_face_tokenizer(tokenizer, facts['trained_context']).save_pretrained(new)
+        try:
+            hugging_face_tokenizer(tokenizer, facts['trained_context']).save_pretrained(new)
+        except Exception as error:  # tokenizers raises Exception itself where a disk is full
+            raise OSError(f'{folder} could not be written: {error}') from None
         Path(new, 'model.safetensors').write_bytes(to_bytes(tensors, {'format': 'pt'}))
         Path(new, 'config.json').write_text(said.to_json_string(), 'utf-8')
 

@@ -6,6 +6,7 @@ $ python -m pytest -q
 import ast
 import contextlib
 import csv
+import dataclasses
 import functools
 import gc
 import gzip
@@ -44,7 +45,7 @@ from model import (GPT, GPTConfig, HeadLoss, Int4Linear, Int8Linear, build, choo
                    penalize, read, save, split_loss)
 from prepare import (CharTokenizer, FolderLock, TextStream, bits_per_nat, cut_exactly, get_tokenizer,
                      learn_tokenizer, load_data, prepare, stream_texts)
-from quantize import convert
+from quantize import convert, write_hugging_face
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CORPUS = os.path.join(HERE, 'input.txt')
@@ -1271,6 +1272,15 @@ def test_replacing_leaves_what_was_there_when_it_fails(gpt, tmp_path, monkeypatc
     assert os.listdir(tmp_path) == ['model.pt'] and read(tmp_path / 'model.pt')['step'] == 1
 
 
+def test_replacing_says_why_torch_could_not_write(gpt, tmp_path):
+    if not os.path.exists('/dev/full'):
+        pytest.skip('no /dev/full on this system')
+    os.symlink('/dev/full', tmp_path / 'model.pt.tmp')
+    with pytest.raises(OSError, match='model.pt could not be written .No space left'):
+        save_gpt(tmp_path / 'model.pt', gpt)
+    assert not os.listdir(tmp_path)
+
+
 # -- model.py: other projects' models ------------------------------------------------------------------------
 
 @pytest.mark.parametrize('form', ['one file', 'shards', 'float16', 'padded'])
@@ -1592,6 +1602,40 @@ def test_prepare_refuses_bad_texts_and_loses_nothing(tmp_path, monkeypatch):
         load_data('kept')
 
 
+@pytest.mark.parametrize('call, times', [('replace', 6), ('fsync', 4)])
+def test_prepare_puts_back_what_was_there_when_it_fails(tmp_path, monkeypatch, call, times):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text.txt').write_text('some words to keep')
+    prepare('text.txt', 'kept', 'char')
+    before, real, calls = contents_of(tmp_path / 'data/kept'), getattr(os, call), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == fail_at:
+            raise OSError(5, 'Input/output error')
+        return real(*args)
+    monkeypatch.setattr(os, call, failing)
+    for fail_at in range(1, times + 1):
+        calls.clear()
+        with pytest.raises(OSError, match='data/kept'):
+            prepare('text.txt', 'kept', 'bpe', vocab_size=257)
+        assert contents_of(tmp_path / 'data/kept') == before
+    calls.clear()
+    fail_at = 0
+    prepare('text.txt', 'kept', 'bpe', vocab_size=257)
+    assert len(calls) == times and set(os.listdir('data/kept')) == set(before)
+
+
+def test_prepare_without_replace_keeps_what_another_process_prepared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text.txt').write_text('some words to keep')
+    prepare('text.txt', 'kept', 'char', replace=False)
+    before = contents_of(tmp_path / 'data/kept')
+    with pytest.raises(ValueError, match='just prepared it'):
+        prepare('text.txt', 'kept', 'bpe', vocab_size=257, replace=False)
+    assert contents_of(tmp_path / 'data/kept') == before
+
+
 def test_folder_lock_holds_a_folder_against_another_process(folder):
     """prepare.py and train.py are refused in one line, and nothing changes; the lock ends with its holder."""
     before = contents_of(folder / 'data/tiny'), contents_of(folder / 'out/tiny')
@@ -1625,6 +1669,18 @@ def test_load_data_notices_every_flipped_bit(tmp_path, monkeypatch, name):
         except ValueError as error:
             noticed += name in str(error)
     assert noticed >= (60 if name.endswith('bin') else 40)
+
+
+@pytest.mark.parametrize('name', ['"checksum"', '"sha256": {'])
+def test_load_data_notices_a_flipped_bit_in_the_name_of_a_checksum(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text.txt').write_text('to be or not to be ' * 20)
+    prepare('text.txt', 'bits', 'char')
+    meta = tmp_path / 'data/bits/meta.json'
+    assert meta.read_text().count(name) == 1
+    meta.write_text(meta.read_text().replace(name, name.replace('s', 'r', 1)))
+    with pytest.raises(ValueError, match='meta.json: damaged'):
+        load_data('bits')
 
 
 def test_prepare_imports_no_torch():
@@ -2169,6 +2225,37 @@ def test_train_goes_on_where_a_file_cannot_be_written(folder, failing, monkeypat
         same_run(folder / 'out/tiny', folder / 'out' / out)
 
 
+@pytest.mark.parametrize('failing', ['log.csv', 'best.pt'])
+def test_train_resumed_writes_what_could_not_be_written(folder, failing, monkeypatch):
+    """To the bit: the rows that log.csv lacks, and the weights of the last evaluation if they are the best."""
+    out, real = folder / 'out' / f'lacks_{failing[:4]}', open
+
+    def full(path, mode='r', *args, **more):
+        if failing in str(path) and mode != 'rb':
+            raise OSError(28, 'No space left on device', path)
+        return real(path, mode, *args, **more)
+    args = [*TINY_RUN, f'--out_dir={out}', '--init_from=auto']
+    with monkeypatch.context() as patch:
+        patch.setattr('builtins.open', full)
+        process = run('train.py', *args, cwd=folder)
+    assert process.returncode == 1 and f'{failing} could not be written to' in process.stderr
+    assert not (out / failing).exists()
+    done(run('train.py', *args, cwd=folder))
+    same_run(folder / 'out/tiny', out)
+    best, ours = read(folder / 'out/tiny/best.pt'), read(out / 'best.pt')
+    assert best['step'] == ours['step'] == 20
+    assert all(torch.equal(w, ours['model'][name]) for name, w in best['model'].items())
+
+
+def test_train_refuses_a_folder_where_another_run_has_just_been(folder, monkeypatch):
+    def late(path):
+        shutil.copytree(folder / 'out/tiny', path)
+        return FolderLock(path)
+    monkeypatch.setattr('prepare.FolderLock', late)
+    one_line(run('train.py', *TINY_RUN, '--out_dir=out/late', cwd=folder), 1, 'has just been there')
+    assert contents_of(folder / 'out/late') == contents_of(folder / 'out/tiny')
+
+
 def test_train_looks_at_the_disks_space_before_the_first_step(folder, monkeypatch):
     """A run's old files count as room, and are kept where that is not enough."""
     tiny_run(folder, 'room')
@@ -2564,6 +2651,22 @@ def test_quantize_to_hugging_face_and_back(tmp_path, shape, dtype):
         assert ids == tokenizer.encode(text, special_tokens=V != 65) and words.decode(ids) == text
     process = done(run('sample.py', '--checkpoint=hf', '--start=<', '--max_new_tokens=4', cwd=tmp_path))
     assert process.stdout.startswith('<')
+
+
+def test_write_hugging_face_keeps_an_older_export_when_it_fails(gpt, tmp_path, monkeypatch):
+    transformers = pytest.importorskip('transformers', reason='pip install transformers')
+    facts = dict(tokenizer={'name': 'char', 'characters': 'abc', 'vocab_size': 3}, trained_context=8)
+    config = dataclasses.replace(gpt.config, vocab_size=3)
+    weights = dict(gpt.state_dict(), **{'wte.weight': gpt.wte.weight[:3].detach().clone()})
+    write_hugging_face(tmp_path / 'hf', config, weights, 'float32', facts)
+    before = contents_of(tmp_path / 'hf')
+
+    def full(*args):
+        raise Exception('No space left on device (os error 28)')  # as tokenizers does
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, 'save_pretrained', full)
+    with pytest.raises(OSError, match='hf could not be written: No space left'):
+        write_hugging_face(tmp_path / 'hf', config, weights, 'bfloat16', facts)
+    assert contents_of(tmp_path / 'hf') == before
 
 
 def test_quantize_leaves_nothing_of_an_export_before(folder):

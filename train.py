@@ -354,7 +354,8 @@ if __name__ == '__main__':
 
     # -- the data --------------------------------------------------------------------------------------------
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
-        prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'))
+        prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'),
+                replace=False)
     if ranks > 1:
         day = datetime.timedelta(days=1)  # preparing a large corpus takes long
         store = next(dist.rendezvous('env://', rank, ranks, timeout=day))[0]
@@ -444,7 +445,7 @@ if __name__ == '__main__':
     # -- the state of the run: all of it but weights and optimizers ------------------------------------------
     # logged_step is -1 for a run that starts from another model, so that step 0 is evaluated
     state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if source else 0, loss_sum=0.0, log_bytes=0,
-                 recent=[], rows=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
+                 recent=[], rows=[], unsaved=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
                  losses={}, best_val=math.inf, best_val_step=0, bad_evals=0)
     if start == 'resume':
         state.update(source['state'])
@@ -456,6 +457,8 @@ if __name__ == '__main__':
     source = parent = kept = None  # frees their memory
     if master and out_dir:
         lock = FolderLock(out_dir)  # until the process ends
+        if start != 'resume' and there != [path for path in files.values() if os.path.exists(path)]:
+            fail(f'{out_dir}: another run has just been there; start again, or name another --out_dir')
         # a checkpoint has weights and up to two averages in float32; a new one is written beside the old one
         free, need = shutil.disk_usage(out_dir).free, 2 * 12 * raw_model.num_params()
         if free + sum(map(os.path.getsize, there)) < need:
@@ -467,7 +470,7 @@ if __name__ == '__main__':
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
     caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; what agree() returned
-    unsaved = set()  # files that could not be written when it was last tried
+    unsaved = set(state['unsaved'])  # files that could not be written when it was last tried
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
     @contextlib.contextmanager
@@ -488,6 +491,7 @@ if __name__ == '__main__':
                 save(files[name], config, raw_model.state_dict(), step=state['step'], **facts, **more)
 
     def keep_checkpoint():
+        state['unsaved'] = sorted(unsaved & {'best.pt'})  # a resumed run writes the others
         keep('ckpt.pt', kind='checkpoint', losses=state['losses'], settings=settings, data=data_meta,
              state=state, optimizers=[one.state_dict() for one in optimizers], scaler=scaler.state_dict())
 
@@ -614,6 +618,8 @@ if __name__ == '__main__':
             last_time, last_tokens = now, state['tokens']
         elif kind == 'cpu' and step == first_step + 3 and now - began > 10:
             print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
+        if 'best.pt' in unsaved and step == state['best_val_step']:  # now, or after a resume, or never
+            keep('best.pt', losses=state['losses'])
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
         if stop or over or signalled:
