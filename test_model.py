@@ -1272,10 +1272,14 @@ def test_replacing_leaves_what_was_there_when_it_fails(gpt, tmp_path, monkeypatc
     assert os.listdir(tmp_path) == ['model.pt'] and read(tmp_path / 'model.pt')['step'] == 1
 
 
-def test_replacing_says_why_torch_could_not_write(gpt, tmp_path):
-    if not os.path.exists('/dev/full'):
-        pytest.skip('no /dev/full on this system')
-    os.symlink('/dev/full', tmp_path / 'model.pt.tmp')
+def test_replacing_says_why_torch_could_not_write(gpt, tmp_path, monkeypatch):
+    """Its writer raises a RuntimeError of its own while it handles the OSError."""
+    def write(*args):
+        try:
+            raise OSError(28, 'No space left on device')
+        finally:
+            raise RuntimeError('PytorchStreamWriter failed writing file')
+    monkeypatch.setattr(torch, 'save', write)
     with pytest.raises(OSError, match='model.pt could not be written .No space left'):
         save_gpt(tmp_path / 'model.pt', gpt)
     assert not os.listdir(tmp_path)

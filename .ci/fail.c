@@ -1,10 +1,10 @@
 // Preloaded by .ci/faults: makes a process's n-th call that changes a file fail. Linux and glibc.
 //   FAIL_MATCH   part of the absolute paths that count; unset: nothing counts
 //   FAIL_AT      the number of the call to fail, from 1 on; 0: only count
-//   FAIL_ERRNO   why. With ENOSPC and EDQUOT, half of a write is done first and the next call fails, as on a full disk
+//   FAIL_ERRNO   why; with ENOSPC and EDQUOT half a write is done and the next call fails, as on a full disk
 //   FAIL_ALWAYS  set: all later calls fail too
 //   FAIL_VANISH  a folder: at that call it is renamed to <folder>.gone, and no call is made to fail
-//   FAIL_LOG     a file outside the matched paths: a line for each counted call, and "FAILED" after one that failed
+//   FAIL_LOG     a file outside the matched paths: a line for each counted call, with FAILED if it failed
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -125,7 +125,8 @@ ssize_t writev(int fd, const struct iovec *parts, int count)
 ON_DESCRIPTOR(fsync)
 ON_DESCRIPTOR(fdatasync)
 
-#define CUT(name, type) int name(int fd, type size) { return fault("truncate", fd, NULL, 0) ? -1 : REAL(name)(fd, size); }
+#define CUT(name, type) \
+    int name(int fd, type size) { return fault("truncate", fd, NULL, 0) ? -1 : REAL(name)(fd, size); }
 CUT(ftruncate, off_t)
 CUT(ftruncate64, off64_t)
 
