@@ -499,7 +499,7 @@ def checksum(meta):
 
 
 def load_data(dataset):
-    """The contents of data/<dataset>/: (train, val or None, meta); ids are uint16 memory maps, copy-on-write.
+    """The contents of data/<dataset>/: (train, val or None, meta); ids are uint16 memory maps.
 
     .bin files without a meta.json are nanoGPT's, in GPT-2's vocabulary. Raises ValueError for files that do
     not fit meta.json, and for nanoGPT's char data: its meta.pkl, a pickle, could run any code.
@@ -522,7 +522,7 @@ def load_data(dataset):
         want = 2 * meta['tokens'].get(split, 0) if 'tokens' in meta else size // 2 * 2
         if size != want or split == 'train' and not size:
             raise ValueError(f'{path}: {size:,} bytes instead of {want:,}; prepare it again with prepare.py')
-        splits.append(np.memmap(path, dtype='<u2', mode='c') if size else None)
+        splits.append(np.memmap(path, dtype='<u2', mode='r') if size else None)
         known = meta.get('sha256', {}).get(split)  # a file over 1 GB would take seconds
         if known and size <= 2**30 and hashlib.sha256(splits[-1]).hexdigest() != known:
             raise ValueError(f'{path}: damaged: not the ids that prepare.py wrote; prepare it again')

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 import urllib.parse
 import urllib.request
@@ -71,6 +72,16 @@ def kept(owner, *names):
     finally:
         for name, value in zip(names, values):
             setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def tracing():
+    """A function that gives the most bytes that Python and NumPy have allocated since."""
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def run(script, *args, cwd, stdin=''):
@@ -1899,6 +1910,42 @@ def test_windows_are_all_of_the_split_once_an_epoch(shift):
             assert x.unique().numel() == 62 * 16 and not (x[:, 0] % 16).any()
     again = train.Windows(tokens, 16, 'cpu', seed=3, shift=shift)
     assert torch.equal(again.batch(70, 4)[0], windows.batch(60, 14)[0][10:])  # by seed and number alone
+
+
+@pytest.mark.parametrize('most', [10**4, 10**3, 99])
+@pytest.mark.parametrize('shift', [True, False])
+def test_windows_of_a_large_split_are_each_taken_once_an_epoch(shift, most, monkeypatch, T=8, count=8009):
+    monkeypatch.setattr(train.Windows, 'MOST', most)
+    tokens = np.arange(T * count + 3, dtype=np.uint32)  # each holds its position
+    windows = train.Windows(tokens, T, 'cpu', seed=3, shift=shift)
+    left_out = count - windows.count
+    assert windows.size <= most and 0 <= left_out < windows.parts == math.ceil(count / most)
+    firsts = windows.batch(5 * windows.count, windows.count)[0][:, 0].numpy()  # of the sixth epoch
+    assert len(np.unique(firsts // T)) == windows.count and firsts.max() // T >= count - left_out - 2
+    assert len(np.unique(firsts[firsts > 0] % T)) == 1  # one cut; a window past the end starts at 0
+    places = firsts.reshape(windows.parts, windows.size).argsort()
+    assert len(np.unique(places, axis=0)) == windows.parts  # each part has an order of its own
+    assert abs(np.corrcoef(np.arange(windows.count), firsts)[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize('shift', [True, False])
+def test_windows_up_to_8_million_have_the_order_of_earlier_runs(shift, T=8, count=8009):
+    """Or a run that was begun with an earlier folio could not go on with the same batches."""
+    assert train.Windows.MOST == 2**23
+    tokens = np.arange(T * count + 3, dtype=np.uint32)
+    rng = np.random.default_rng((3, 5))
+    expected = rng.permutation(count) * T + (rng.integers(T) if shift else 0)
+    x, _ = train.Windows(tokens, T, 'cpu', seed=3, shift=shift).batch(5 * count, count)
+    assert np.array_equal(x[:, 0], np.where(expected + T < len(tokens), expected, 0))
+
+
+def test_windows_of_ten_billion_tokens_have_a_small_table(monkeypatch, most=2**18):
+    assert 24 * train.Windows.MOST < 202e6  # bytes
+    monkeypatch.setattr(train.Windows, 'MOST', most)
+    windows = train.Windows(np.broadcast_to(np.uint16(0), 10**10), 128, 'cpu', shift=True)
+    with tracing() as peak:
+        windows.batch(windows.size - 1, 2)  # over the end of a part, where its table and the next are there
+        assert windows.parts == 299 and peak() < 24 * most
 
 
 # -- train.py: as a user runs it -----------------------------------------------------------------------------

@@ -152,37 +152,48 @@ def settings_for(tokens, width=0):
 # -- batches -------------------------------------------------------------------------------------------------
 
 class Windows:
-    """The windows of T tokens, each with the next token, that a split is cut into."""
+    """The windows of T tokens, each with the next token, that a split is cut into.
+
+    An epoch of more than MOST windows goes through the split several times, in `parts`, and takes every
+    parts-th window each time. So the table of their order stays under 70 MB. Less than `parts` windows at the
+    end are left out.
+    """
+    MOST = 2**23
 
     def __init__(self, tokens, T, device, seed=0, shift=False):
         self.tokens, self.T, self.device, self.seed, self.shift = tokens, T, device, seed, shift
-        self.count = (len(tokens) - 1) // T  # windows an epoch
+        self.parts = math.ceil((len(tokens) - 1) // T / self.MOST) or 1
+        self.size = (len(tokens) - 1) // T // self.parts  # windows a part
+        self.count = self.size * self.parts  # windows an epoch
         on_gpu = device.startswith('cuda') and len(tokens) < 2**29  # then a step copies the starts only
-        self.source = torch.from_numpy(np.int32(tokens)).to(device) if on_gpu else torch.from_numpy(tokens)
+        self.source = torch.from_numpy(np.int32(tokens)).to(device) if on_gpu else None
 
-    @functools.lru_cache(maxsize=2)
-    def starts(self, epoch):
-        """First tokens (count,) of an epoch's windows, in the order that (seed, epoch) draws."""
-        rng = np.random.default_rng((self.seed, epoch))
-        starts = rng.permutation(self.count) * self.T
-        if self.shift:
+    @functools.lru_cache(maxsize=1)
+    def starts(self, part):
+        """First tokens (size,) of the windows of a part, counted through all epochs, in a random order."""
+        rng = np.random.default_rng((self.seed, part))
+        starts = (rng.permutation(self.size) * self.parts + part % self.parts) * self.T
+        if self.shift:  # all parts of an epoch by the same, or some tokens would be left out
+            rng = rng if self.parts == 1 else np.random.default_rng((self.seed, part // self.parts))
             starts += rng.integers(self.T)
-            starts[starts + self.T + 1 > len(self.tokens)] = 0  # past the end: take the first one instead
+            starts[starts >= len(self.tokens) - self.T] = 0  # past the end: take the first one instead
         return starts
 
     def batch(self, first, rows):
         """Inputs and targets (B, T) of `rows` windows from number `first` on, counted through all epochs."""
-        return self.at([self.starts(i // self.count)[i % self.count] for i in range(first, first + rows)])
+        return self.at([self.starts(i // self.size)[i % self.size] for i in range(first, first + rows)])
 
     def at(self, starts):
         """Inputs and targets, each (B, T), on the device, of the windows that begin at `starts` (B,)."""
-        starts = torch.tensor(np.array(starts))[:, None]
-        if self.source.is_cuda:
-            starts = starts.pin_memory().to(self.device, non_blocking=True)
-        ids = self.source[starts + torch.arange(self.T + 1, device=starts.device)].long()  # (B, T + 1)
-        if self.device.startswith('cuda') and not ids.is_cuda:
-            ids = ids.pin_memory().to(self.device, non_blocking=True)  # or each step would wait for the GPU
-        ids = ids.to(self.device)  # after long(): MPS has no uint16
+        ids = np.array(starts)[:, None]
+        if self.source is None:
+            ids = self.tokens[ids + np.arange(self.T + 1)].astype(np.int64)  # (B, T + 1)
+        ids = torch.from_numpy(ids)
+        if self.device.startswith('cuda'):
+            ids = ids.pin_memory()  # or each step would wait for the GPU
+        ids = ids.to(self.device, non_blocking=ids.is_pinned())
+        if self.source is not None:
+            ids = self.source[ids + torch.arange(self.T + 1, device=ids.device)].long()
         return ids[:, :-1], ids[:, 1:].contiguous()
 
 
