@@ -6,11 +6,13 @@ $ python app.py --checkpoint=out/model_int8.pt --host=0.0.0.0 --auth=name:passwo
 """
 import asyncio
 import contextlib
+import ctypes
 import functools
 import glob
 import html
 import os
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,6 +45,7 @@ keep_freed_memory()
 os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1')
 import gradio as gr  # noqa: E402  (Gradio reads these variables when it is imported)
 import pandas  # noqa: E402  (Gradio brings it)
+from starlette.middleware import Middleware  # noqa: E402
 
 chip = pick_device(device)
 home = download(checkpoint or os.environ.get('FOLIO_CHECKPOINT') or 'out')  # where the models are
@@ -60,6 +63,8 @@ NUMBERS = dict(  # what a visitor may set: label, least and greatest value, defa
 # threads. With more of those than cores, libgomp puts them to sleep at every barrier, which costs a third of
 # the speed. So each visitor served has one thread, which runs all the steps.
 threads = [ThreadPoolExecutor(1) for _ in range(at_once)]
+idents = {thread: thread.submit(threading.get_ident).result() for thread in threads}
+gone = set()  # the idents of those whose visitor has left
 idle = asyncio.Queue()
 for thread in threads:
     idle.put_nowait(thread)
@@ -91,10 +96,20 @@ def get_model(path):
     return loaded(path, os.path.getmtime(path))
 
 
+def stop_if_gone(*_):
+    """End a long prompt's pass between two layers."""
+    if threading.get_ident() in gone:
+        raise InterruptedError('Stopped.')
+
+
 @functools.lru_cache(maxsize=3)
 def loaded(path, changed):
     """(model, tokenizer, Index of the training text, or None if that is not here)."""
+    with contextlib.suppress(AttributeError, TypeError):  # glibc keeps most of a model that was replaced
+        ctypes.CDLL(None).malloc_trim(0)
     model, meta = load(path, chip)
+    for block in model.h if chip == 'cpu' else ():  # a GPU reads a prompt at once
+        block.ln_1.register_forward_pre_hook(stop_if_gone)
     train, _ = load_data_of(meta)
     return model, get_tokenizer(meta['tokenizer']), None if train is None else Index(train)
 
@@ -176,7 +191,7 @@ def write(path, prompt, seed, *numbers):
 async def on_thread(steps, escape=str):
     """Yield what the generator `steps` yields, run on an idle thread; show its errors to the visitor.
 
-    When this is closed (Stop, or a visitor who leaves), `steps` is closed after its step in progress.
+    When this is closed (Stop, or a visitor who leaves), `steps` is closed after the layer in progress.
     """
     thread, loop = await idle.get(), asyncio.get_running_loop()
     try:
@@ -188,7 +203,8 @@ async def on_thread(steps, escape=str):
         print(f'app.py: {type(error).__name__}: {error}', flush=True)
         raise gr.Error('Something went wrong. Try fewer or shorter texts.', print_exception=False) from None
     finally:
-        thread.submit(steps.close)
+        gone.add(idents[thread])
+        thread.submit(steps.close).add_done_callback(lambda _: gone.discard(idents[thread]))
         idle.put_nowait(thread)
 
 
@@ -288,8 +304,25 @@ CSS = '''
 .text button { position: absolute; top: 8px; right: 8px; font-size: 12px; cursor: pointer }
 .prompt, .line { color: var(--body-text-color-subdued); min-height: 40px }
 #status [data-testid=status-tracker] { height: 70px }  /* the place in the queue */
+.dark button[aria-selected=true] { color: var(--primary-300) }
 #status .error { display: none }  /* Gradio says "Error" after some Stops; real ones come as a message too */
 '''
+
+
+def bounded(app):
+    """Cut off a request larger than any prompt: Gradio would keep it in memory for the visitor's session."""
+    async def call(scope, receive, send):
+        left = 12 * max_prompt + 20_000  # JSON may need 12 bytes for a character
+
+        async def counted():
+            nonlocal left
+            message = await receive()
+            left -= len(message.get('body', b''))
+            return message if left >= 0 else {'type': 'http.disconnect'}
+        await app(scope, counted, send)
+    return call
+
+
 quietly = dict(api_visibility='private', show_progress='hidden', queue=False)
 in_turn = dict(concurrency_id='generate', concurrency_limit=at_once)
 
@@ -324,12 +357,20 @@ with gr.Blocks(title='folio') as page:
     gr.on([page.load, gr.Timer(3).tick, choice.change], look, [choice, known],
           [choice, about, losses, rates, source, known], **quietly)
     gr.api(generate, api_name='generate', **in_turn)
-page.queue(max_size=queue_size)
+page.queue(max_size=queue_size, api_open=False)  # nobody writes past the queue
 
 if __name__ == '__main__':
     if model_files():
         threads[0].submit(get_model, '').result()  # so that the first visitor need not wait
-    theme = gr.themes.Soft(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
+    theme = gr.themes.Soft(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']).set(
+        color_accent='*primary_600', button_primary_background_fill='*primary_600',  # WCAG's AA: 4.5 to 1
+        button_primary_background_fill_hover='*primary_700',
+        button_primary_background_fill_hover_dark='*primary_700',
+        block_title_text_color='*primary_700', block_label_text_color='*primary_700',
+        body_text_color_subdued='*neutral_600', input_placeholder_color='*neutral_500',
+        input_placeholder_color_dark='*neutral_300')
     page.launch(server_name=host or None, server_port=port if 'port' in given else None, share=share,
                 auth=tuple(login.split(':', 1)) if login else None, theme=theme, css=CSS,
-                footer_links=['api'], show_error=True, max_file_size=1, ssr_mode=False)
+                footer_links=['api'], show_error=True, max_file_size=1, ssr_mode=False,
+                state_session_capacity=256, app_kwargs=dict(middleware=[Middleware(bounded)]),
+                _frontend=False)  # else Gradio gives up where its page takes three seconds, on a busy machine
