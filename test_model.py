@@ -4,6 +4,7 @@ The tests: against Hugging Face, tiktoken, torch and uninterrupted runs rather t
 $ python -m pytest -q
 """
 import ast
+import asyncio
 import contextlib
 import csv
 import dataclasses
@@ -2795,6 +2796,37 @@ def test_page_serves_nothing_else(page):
                 assert error.code >= 400
             else:
                 assert b'<html' in answer.read(1000).lower()
+
+
+def test_page_takes_no_way_around_its_limits(page):
+    """No text past the queue, and no request larger than a prompt: Gradio would keep it for the session."""
+    data = ['The', 20, 1.0, 50, 1.0, 1.0, 1, 1]
+    for route, prompt, refusal in (('run', 'The', 404), ('call', 'x' * 10**6, 400)):
+        body = json.dumps({'data': [prompt, *data[1:]]}).encode()
+        request = urllib.request.Request(f'{page}/gradio_api/{route}/generate', body,
+                                         {'Content-Type': 'application/json'})
+        with pytest.raises(OSError) as refused:  # urllib's HTTPError is one
+            urllib.request.urlopen(request)
+        assert refused.value.code == refusal
+
+
+def test_page_stops_a_long_prompt_between_two_layers(app):
+    reads = threading.Event()
+
+    def first_token():
+        model = app['get_model']('')[0]
+        end = time.time() + 20  # a long prompt
+        while time.time() < end:
+            reads.set()
+            next(model.generate(torch.ones(1, 1, dtype=torch.long), 1))
+        yield
+
+    async def stop():
+        visitor = asyncio.create_task(anext(app['on_thread'](first_token())))
+        await asyncio.to_thread(reads.wait, 30)
+        visitor.cancel()
+        return await asyncio.wait_for(anext(app['on_thread'](text for text in ['the next one'])), 10)
+    assert asyncio.run(stop()) == 'the next one'
 
 
 def test_page_gives_many_clients_their_own_text_or_a_refusal(page):
