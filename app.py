@@ -369,8 +369,11 @@ if __name__ == '__main__':
         block_title_text_color='*primary_700', block_label_text_color='*primary_700',
         body_text_color_subdued='*neutral_600', input_placeholder_color='*neutral_500',
         input_placeholder_color_dark='*neutral_300')
-    page.launch(server_name=host or None, server_port=port if 'port' in given else None, share=share,
-                auth=tuple(login.split(':', 1)) if login else None, theme=theme, css=CSS,
-                footer_links=['api'], show_error=True, max_file_size=1, ssr_mode=False,
-                state_session_capacity=256, app_kwargs=dict(middleware=[Middleware(bounded)]),
-                _frontend=False)  # else Gradio gives up where its page takes three seconds, on a busy machine
+    try:
+        page.launch(server_name=host or None, server_port=port if 'port' in given else None, share=share,
+                    auth=tuple(login.split(':', 1)) if login else None, theme=theme, css=CSS,
+                    footer_links=['api'], show_error=True, max_file_size=1, ssr_mode=False,
+                    state_session_capacity=256, app_kwargs=dict(middleware=[Middleware(bounded)]),
+                    _frontend=False)  # else Gradio gives up where its page takes three seconds to answer
+    except SystemExit as leaving:  # of a signal; a text in progress would abort a process that leaves slowly
+        os._exit(leaving.code)
