@@ -402,11 +402,13 @@ def replacing_files(folder, old):
     """The path of a new folder, whose files take the place of the files named `old` when the block ends.
 
     The first of `old` goes first and comes last, so a folder that has it is complete. If anything fails, the
-    old files are put back; if that fails too, they are in `folder`/tmp. Raises OSError, or ValueError if
-    another process writes there.
+    old files are put back; if that fails too, or after a kill, the next call does it. Raises OSError, or
+    ValueError if another process writes there.
     """
-    lock, new, moved = FolderLock(folder), os.path.join(folder, 'tmp'), []
-    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    lock, new, moved = FolderLock(folder), os.path.join(folder, '.new'), []
+    for path in glob.glob(f'{glob.escape(new)}/*.old') if not os.path.exists(f'{folder}/{old[0]}') else ():
+        os.replace(path, os.path.join(folder, os.path.basename(path)[:-4]))
+    shutil.rmtree(new, ignore_errors=True)
     try:
         os.makedirs(new)
         yield new
@@ -417,13 +419,14 @@ def replacing_files(folder, old):
         here = [name for name in dict.fromkeys([*old, *names]) if os.path.exists(f'{folder}/{name}')]
         away = [(f'{folder}/{name}', f'{new}/{name}.old') for name in here]
         for move in away + [(f'{new}/{name}', f'{folder}/{name}') for name in names]:
+            moved.append(move)  # first, because a signal may come between
             os.replace(*move)
-            moved.append(move)
         if lock.descriptor is not None:  # the renames reach the disk with the folder
             os.fsync(lock.descriptor)
     except BaseException as error:
         for before, after in reversed(moved):
-            os.replace(after, before)
+            if os.path.exists(after):
+                os.replace(after, before)
         shutil.rmtree(new, ignore_errors=True)
         if getattr(error, 'errno', None) and not error.filename:  # of a write, which does not say where
             raise OSError(error.errno, error.strerror, folder) from None
@@ -433,7 +436,7 @@ def replacing_files(folder, old):
 
 def check_dataset(dataset):
     """Raise ValueError if `dataset` does not name a folder below data/."""
-    if not dataset or os.path.isabs(dataset) or '..' in dataset.replace('\\', '/').split('/'):
+    if dataset in ('', '.') or os.path.isabs(dataset) or '..' in dataset.replace('\\', '/').split('/'):
         raise ValueError("give the name of a folder below data/, such as 'shakespeare'")
 
 
@@ -451,8 +454,8 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     document end, or a newline for char. `known` is the meta of a tokenizer to use; without it, char takes the
     text's characters, and bpe learns a vocabulary of `vocab_size` ids from the training split (0: 1,024 for
     texts under 400 kB, 4,096 from 1.6 MB on, else 2,048).
-    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were; without
-    `replace` also where there are some.
+    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were. Without
+    `replace` it also raises ValueError if there are data already.
     """
     if vocab_size and tokenizer != 'bpe':
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
@@ -512,7 +515,8 @@ def load_data(dataset):
     if os.path.exists(f'{folder}/meta.json'):
         try:
             meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
-            if meta.pop('checksum', '') != (checksum(meta) if 'sha256' in meta else ''):  # older: neither
+            # an older meta.json has neither key
+            if meta.pop('checksum', '') != (checksum(meta) if 'sha256' in meta else ''):
                 raise ValueError('its checksum is of other contents')
             get_tokenizer(meta['tokenizer'])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -529,8 +533,9 @@ def load_data(dataset):
         known = meta.get('sha256', {}).get(split)  # a file over 1 GB would take seconds
         if known and size <= 2**30 and hashlib.sha256(splits[-1]).hexdigest() != known:
             raise ValueError(f'{path}: damaged: not the ids that prepare.py wrote; prepare it again')
-        if 'tokens' not in meta and size and splits[-1].max() >= 50257:
-            raise ValueError(f"{path}: no meta.json, and ids above GPT-2's largest, 50,256; prepare it again")
+        ids = meta['tokenizer']['vocab_size']
+        if not known and size and splits[-1].max() >= ids:
+            raise ValueError(f"{path}: has ids that a vocabulary of {ids:,} has not; prepare it again")
     return *splits, meta
 
 

@@ -46,7 +46,7 @@ import train
 from model import (GPT, GPTConfig, HeadLoss, Int4Linear, Int8Linear, build, choose, filter_logits, find, load,
                    penalize, read, save, split_loss)
 from prepare import (CharTokenizer, FolderLock, TextStream, bits_per_nat, cut_exactly, get_tokenizer,
-                     learn_tokenizer, load_data, prepare, stream_texts)
+                     learn_tokenizer, load_data, prepare, replacing_files, stream_texts)
 from quantize import convert, write_hugging_face
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1664,6 +1664,28 @@ def test_folder_lock_holds_a_folder_against_another_process(folder):
     code = "import os, prepare; lock = prepare.FolderLock('locked'); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, '-c', code], cwd=folder, env={**os.environ, 'PYTHONPATH': HERE})
     FolderLock(folder / 'locked')
+
+
+def test_replacing_files_puts_back_what_a_killed_process_moved_away(tmp_path):
+    (tmp_path / '.new').mkdir()
+    (tmp_path / '.new/train.bin.old').write_text('old')
+    with pytest.raises(OSError), replacing_files(tmp_path, ('train.bin', 'meta.json')):
+        raise OSError('the disk is full')
+    assert os.listdir(tmp_path) == ['train.bin'] and (tmp_path / 'train.bin').read_text() == 'old'
+
+
+def test_load_data_refuses_ids_beyond_an_older_vocabulary(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / 'data/tiny', tmp_path / 'data/old')
+    meta = json.loads((tmp_path / 'data/old/meta.json').read_text())
+    older = {key: meta[key] for key in meta if key not in ('sha256', 'checksum')}
+    (tmp_path / 'data/old/meta.json').write_text(json.dumps(older))
+    monkeypatch.chdir(tmp_path)
+    load_data('old')
+    ids = np.memmap(tmp_path / 'data/old/train.bin', dtype='<u2', mode='r+')
+    ids[5] = 60_000
+    ids.flush()
+    with pytest.raises(ValueError, match='has ids that a vocabulary of'):
+        load_data('old')
 
 
 @pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])

@@ -360,7 +360,7 @@ if __name__ == '__main__':
     agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # outlives a restart
     restarts, nodes = (os.environ.get(name) for name in ('TORCHELASTIC_MAX_RESTARTS', 'GROUP_WORLD_SIZE'))
     if agent_store and nodes != '1' and restarts != '0':
-        fail('nodes would not meet again after a restart, because each counts its own; start torchrun with '
+        fail('nodes would not meet again, because each counts its own restarts; start torchrun with '
              'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv-backend=c10d, or with --max-restarts=0', 2)
 
     # -- the data --------------------------------------------------------------------------------------------
@@ -468,7 +468,10 @@ if __name__ == '__main__':
     source = parent = kept = None  # frees their memory
     if master and out_dir:
         lock = FolderLock(out_dir)  # until the process ends
-        if start != 'resume' and there != [path for path in files.values() if os.path.exists(path)]:
+        changed = there != [path for path in files.values() if os.path.exists(path)]
+        if start == 'resume':
+            changed = read(files['ckpt.pt'], check=False)['step'] != state['step']
+        if changed:
             fail(f'{out_dir}: another run has just been there; start again, or name another --out_dir')
         # a checkpoint has weights and up to two averages in float32; a new one is written beside the old one
         free, need = shutil.disk_usage(out_dir).free, 2 * 12 * raw_model.num_params()
@@ -481,7 +484,8 @@ if __name__ == '__main__':
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
     caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; what agree() returned
-    unsaved = set(state['unsaved'])  # files that could not be written when it was last tried
+    # files that could not be written when it was last tried; older best weights cannot be any more
+    unsaved = set(state['unsaved'] if state['step'] == state['best_val_step'] else ())
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
     @contextlib.contextmanager
@@ -678,7 +682,8 @@ if __name__ == '__main__':
     on_signals(end)  # a signal now ends the process at once: all is saved
     if signalled or caught:
         number = signal.Signals(caught[0] if caught else signal.SIGTERM)
-        saved = 'saved; go on with --init_from=resume' if out_dir and not unsaved else 'not saved'
+        lost = not out_dir or 'ckpt.pt' in unsaved
+        saved = 'not saved' if lost else 'saved; go on with --init_from=resume'
         print(f'\n{number.name} at step {step:,}: {saved}', file=errors)
         sys.exit(128 + number)
     if not master:
@@ -690,10 +695,11 @@ if __name__ == '__main__':
     print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at "
           f'best; first step under {passed}')
     best, at = state['best_val'], state['best_val_step']
+    kept = out_dir and 'best.pt' not in unsaved and os.path.exists(files['best.pt'])
     if best < math.inf:
-        kept = f", kept in {files['best.pt']}" if out_dir and 'best.pt' not in unsaved else ''
-        print(f'best        {best:.4f} validation, {best * bits:.3f} bits per byte, at step {at:,}{kept}')
-    if patience and out_dir and os.path.exists(files['best.pt']):  # model.pt gets the best weights
+        where = f", kept in {files['best.pt']}" if kept else ''
+        print(f'best        {best:.4f} validation, {best * bits:.3f} bits per byte, at step {at:,}{where}')
+    if patience and kept:  # model.pt gets the best weights
         raw_model.load_state_dict(load(files['best.pt'])[0].state_dict())
     final, context = {}, raw_model.trained_context
     splits = {'train': train_tokens} if val is train else {'validation': val_tokens, 'train': train_tokens}
