@@ -367,10 +367,10 @@ class Block(nn.Module):
 
 
 def loss_of_logits(logits, targets, dtype):
-    """Sum of the losses of logits (rows, V) for targets (rows, 1), and its gradient (rows, V)."""
+    """Losses (rows, 1) of logits (rows, V) for targets (rows, 1), and the gradient of their sum (rows, V)."""
     logp = logits.log_softmax(dim=-1, dtype=torch.float32)
     chosen = logp.gather(1, targets)
-    return -chosen.sum(), logp.exp_().to(dtype).scatter_(1, targets, chosen.expm1().to(dtype))
+    return -chosen, logp.exp_().to(dtype).scatter_(1, targets, chosen.expm1().to(dtype))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -389,8 +389,8 @@ class HeadLoss(torch.autograd.Function):
         grads_x, grad_table, total = [], None, 0.0
         parts = math.ceil(len(x) * len(table) / 2**(25 if kind == 'cpu' else 29))  # of equal size
         for part, ids in zip(x.chunk(parts), targets.chunk(parts)):
-            loss, grad = HeadLoss.of_logits(logits_product(part, weight), ids[:, None], dtype)
-            total += loss
+            losses, grad = HeadLoss.of_logits(logits_product(part, weight), ids[:, None], dtype)
+            total += losses.sum()
             grads_x.append(product(grad, weight.t()))
             grad = logits_product(grad.t(), part.t())  # on a GPU float32: float16 could overflow
             grad_table = grad.float() if grad_table is None else grad_table.add_(grad)
