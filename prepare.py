@@ -344,7 +344,7 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
     Returns {split: its number of ids}, {split: the bytes of their text} and {split: the file's SHA-256}.
     """
     def encode(piece):
-        if tokenizer.eot and piece and not special_tokens and len(piece) < 100_000:  # 1.1 times as fast
+        if tokenizer.eot and piece and not special_tokens and len(piece) < 100_000:  # an array, not a list
             ids = tokenizer.encoding.encode_to_numpy(piece, disallowed_special=())
         else:
             ids = [tokenizer.eot] if piece is None else tokenizer.encode(piece, special_tokens)
@@ -406,8 +406,9 @@ def replacing_files(folder, old):
     ValueError if another process writes there.
     """
     lock, new, moved = FolderLock(folder), os.path.join(folder, '.new'), []
-    for path in glob.glob(f'{glob.escape(new)}/*.old') if not os.path.exists(f'{folder}/{old[0]}') else ():
-        os.replace(path, os.path.join(folder, os.path.basename(path)[:-4]))
+    if not os.path.exists(f'{folder}/{old[0]}'):  # a process was killed between the renames
+        for path in glob.glob(f'{glob.escape(new)}/*.old'):
+            os.replace(path, os.path.join(folder, os.path.basename(path)[:-4]))
     shutil.rmtree(new, ignore_errors=True)
     try:
         os.makedirs(new)
@@ -518,7 +519,8 @@ def load_data(dataset):
             # an older meta.json has neither key
             if meta.pop('checksum', '') != (checksum(meta) if 'sha256' in meta else ''):
                 raise ValueError('its checksum is of other contents')
-            get_tokenizer(meta['tokenizer'])
+            if get_tokenizer(meta['tokenizer']).vocab_size != meta['tokenizer']['vocab_size']:
+                raise ValueError('its vocabulary has another size')
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{folder}/meta.json: damaged ({error}); prepare it again') from None
     elif os.path.exists(f'{folder}/meta.pkl'):

@@ -156,8 +156,8 @@ class Windows:
     """The windows of T tokens, each with the next token, that a split is cut into.
 
     An epoch of more than MOST windows goes through the split several times, in `parts`, and takes every
-    parts-th window each time. So the table of their order stays under 70 MB. Less than `parts` windows at the
-    end are left out.
+    parts-th window each time, so that the table of their order stays under 70 MB. Fewer than `parts` windows
+    at the end are left out.
     """
     MOST = 2**23
 
@@ -380,8 +380,9 @@ if __name__ == '__main__':
     train_tokens, val_tokens, data_meta = load_data(dataset)
     here = repr((start, source.get('step', 0), settings, data_meta))
     if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first to come sets it
-        fail(f"rank {rank}: its settings, {out_dir} ({start}, step {source.get('step', 0):,}) or "
-             f"data/{dataset} are not another rank's; give all nodes one command and the same folders")
+        fail(f"rank {rank} has other settings, another run in {out_dir} ({start}, step "
+             f"{source.get('step', 0):,}) or other data in data/{dataset} than the first rank to start; give "
+             'all nodes one command and the same folders')
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
         chosen = settings_for(len(train_tokens), n_embd)
         merge(settings, globals(), {key: chosen[key] for key in chosen if not settings[key]}, (), '')
@@ -486,7 +487,7 @@ if __name__ == '__main__':
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
     caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; what agree() returned
-    # files that could not be written when it was last tried; older best weights cannot be any more
+    # files that could not be written yet; best.pt only while its weights are still the model's
     unsaved = set(state['unsaved'] if state['step'] == state['best_val_step'] else ())
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
@@ -635,7 +636,7 @@ if __name__ == '__main__':
             last_time, last_tokens = now, state['tokens']
         elif kind == 'cpu' and step == first_step + 3 and now - began > 10:
             print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
-        if 'best.pt' in unsaved and step == state['best_val_step']:  # now, or after a resume, or never
+        if 'best.pt' in unsaved and step == state['best_val_step']:  # the next step changes the weights
             keep('best.pt', losses=state['losses'])
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'

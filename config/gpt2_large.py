@@ -1,10 +1,7 @@
-# GPT-2 large (774M) on 10 billion tokens, 524,288 a step, on eight GPUs of 80 GB.
-# Not run yet. For the data and the batch see config/gpt2.py.
+# GPT-2 large (774M) on the data and batch of config/gpt2.py, on eight GPUs of 80 GB. Not run yet.
 # torchrun --nproc_per_node=8 train.py config/gpt2_large.py --init_from=auto
+from config.gpt2 import *
 out_dir = 'out/gpt2_large'
-dataset = 'fineweb'
-tokenizer = 'gpt2'
-val_fraction = 0.0005
 
 n_layer = 36
 n_head = 20
@@ -14,10 +11,3 @@ gradient_accumulation_steps = 32  # passes of all GPUs together: four for each o
 
 learning_rate = 2.5e-4            # GPT-3's for this size, https://arxiv.org/abs/2005.14165
 min_lr = 2.5e-5
-warmup_iters = 700
-max_iters = 19_073
-
-eval_interval = 250
-checkpoint_interval = 500
-sample_interval = 1000
-final_eval_tokens = 10_000_000
