@@ -715,7 +715,7 @@ if __name__ == '__main__':
         print(f'{name:11s} {final[name]:.4f}, {per_byte:.3f} bits per byte, over {count:,} of '
               f'{len(tokens):,} tokens, {context} at a time')
         if not final_eval_tokens and len(tokens) > 100:
-            print(f'recited     {recited(raw_model, tokens):.0%} of its 50-token continuations, greedily')
+            print(f'recited     {recited(raw_model, tokens):.0%} of such windows, by greedy decoding of 50 tokens')
     keep('model.pt', losses=final)
     if sample_interval:
         print_sample(raw_model, tok, seed)
