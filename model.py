@@ -865,17 +865,18 @@ def split_loss(model, tokens, context, max_tokens=0, name='', batch_tokens=8192)
 
 
 def recited(model, tokens, length=50, texts=40):
-    """Share of `texts` windows, spread evenly over tokens, whose next `length` tokens greedy decoding gives.
+    """(share, length): of at most `texts` windows, the share whose first tokens greedy decoding continues.
 
-    The prompt is a window's first `length` tokens, or half of it if that is shorter. Windows begin at
-    multiples of the trained context: a model that saw the same ones in every epoch knows no others.
+    `length` tokens are the prompt and as many must follow; at most half a window each. The windows are spread
+    evenly over `tokens` (n > 2 · length), and begin at multiples of the trained context: a model that saw the
+    same ones in every epoch knows no others.
     """
-    prompt = max(min(length, model.trained_context // 2), 1)
-    starts = np.linspace(0, len(tokens) - prompt - length, texts).astype('int64')  # float32 would overshoot
-    starts -= starts % model.trained_context
-    ids = torch.from_numpy(tokens[starts[:, None] + np.arange(prompt + length)].astype('int64'))
-    written = torch.stack([*model.generate(ids[:, :prompt], length, temperature=0)], dim=1)  # (texts, length)
-    return (written == ids[:, prompt:]).all(dim=1).double().mean().item()
+    length = min(length, max(model.trained_context // 2, 1))
+    starts = np.linspace(0, len(tokens) - 2 * length, texts).astype('int64')  # float32 would overshoot
+    starts = np.unique(starts - starts % model.trained_context)
+    ids = torch.from_numpy(tokens[starts[:, None] + np.arange(2 * length)].astype('int64'))
+    written = torch.stack([*model.generate(ids[:, :length], length, temperature=0)], dim=1)  # (texts, length)
+    return (written == ids[:, length:]).all(dim=1).double().mean().item(), length
 
 
 def duration(seconds):

@@ -512,7 +512,7 @@ def load_data(dataset):
     not fit meta.json, and for nanoGPT's char data: its meta.pkl, a pickle, could run any code.
     """
     folder, splits = os.path.join('data', dataset), []
-    meta = {'tokenizer': GPT2}
+    meta, counts = {'tokenizer': GPT2}, {}
     if os.path.exists(f'{folder}/meta.json'):
         try:
             meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
@@ -521,14 +521,17 @@ def load_data(dataset):
                 raise ValueError('its checksum is of other contents')
             if get_tokenizer(meta['tokenizer']).vocab_size != meta['tokenizer']['vocab_size']:
                 raise ValueError('its vocabulary has another size')
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            counts = {split: int(count) for split, count in meta.get('tokens', {}).items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f'{folder}/meta.json: damaged ({error}); prepare it again') from None
     elif os.path.exists(f'{folder}/meta.pkl'):
         raise ValueError(f'{folder}: its characters are in a meta.pkl, which is not read; prepare it again')
     for split in ('train', 'val'):
         path = f'{folder}/{split}.bin'
-        size = os.path.getsize(path) if split == 'train' or os.path.exists(path) else 0
-        want = 2 * meta['tokens'].get(split, 0) if 'tokens' in meta else size // 2 * 2
+        # a val.bin that meta.json does not name is left of a preparation that was killed
+        here = split == 'train' or os.path.exists(path) and split in (counts or ['val'])
+        size = os.path.getsize(path) if here else 0
+        want = 2 * counts.get(split, 0) if counts else size // 2 * 2
         if size != want or split == 'train' and not size:
             raise ValueError(f'{path}: {size:,} bytes instead of {want:,}; prepare it again with prepare.py')
         splits.append(np.memmap(path, dtype='<u2', mode='r') if size else None)

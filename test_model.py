@@ -883,6 +883,20 @@ def test_filter_logits_equals_hugging_face(settings):
     assert (ours.softmax(dim=-1) - expected.softmax(dim=-1)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize('context, length', [(8, 4), (9, 4), (200, 50), (1, 1)])
+def test_recited_stays_within_the_windows_of_the_trained_context(context, length):
+    class Learnt:  # continues what begins at a window, and nothing else
+        trained_context = context
+
+        def generate(self, prompts, steps, temperature):
+            for step in range(1, steps + 1):
+                yield (prompts[:, -1] + step) * (prompts[:, 0] % context == 0)
+    tokens = np.arange(1000, dtype='uint16')
+    assert model.recited(Learnt(), tokens) == (1.0, length)
+    tokens[context * 2:] += 1  # no later window begins at a multiple
+    assert model.recited(Learnt(), tokens)[0] < (0.5 if context > 1 else 1.1)
+
+
 def test_split_loss_is_the_mean_over_every_token(gpt):
     """The short window at the end included."""
     tokens = np.random.default_rng(0).integers(0, 1100, 103).astype(np.uint16)
@@ -1103,7 +1117,7 @@ def test_graph_that_is_idle_is_lent_again(gpt, monkeypatch, capsys):
 
 
 def test_capture_warms_up_then_records_on_a_stream_of_its_own(monkeypatch):
-    """A stream serves one living graph at a time, and is used again; the current one comes back on a failure."""
+    """A stream serves one living graph at a time and is used again; a failure brings the current one back."""
     log, current = [], ['default']
 
     class Stream:
@@ -1686,6 +1700,27 @@ def test_load_data_refuses_ids_beyond_an_older_vocabulary(folder, tmp_path, monk
     ids.flush()
     with pytest.raises(ValueError, match='has ids that a vocabulary of'):
         load_data('old')
+
+
+@pytest.mark.parametrize('tokens', [None, 5, {'train': None}, {'train': 'many'}, [[]] * 2000])
+def test_load_data_refuses_an_older_meta_whose_counts_are_damaged(tmp_path, monkeypatch, tokens):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text.txt').write_text('to be or not to be ' * 20)
+    meta = prepare('text.txt', 'old', 'char')
+    older = {key: meta[key] for key in meta if key != 'sha256'} | {'tokens': tokens}
+    (tmp_path / 'data/old/meta.json').write_text(json.dumps(older))
+    with pytest.raises(ValueError, match='meta.json: damaged'):
+        load_data('old')
+
+
+def test_load_data_ignores_a_val_bin_that_meta_json_does_not_name(tmp_path, monkeypatch):
+    """A process that prepares again, with a validation split, may be killed between its renames."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text.txt').write_text('to be or not to be ' * 20)
+    prepare('text.txt', 'whole', 'char', 0.0)
+    (tmp_path / 'data/whole/val.bin').write_bytes(b'1234')
+    train_ids, val_ids, _ = load_data('whole')
+    assert len(train_ids) == 380 and val_ids is None
 
 
 @pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])
@@ -2301,7 +2336,7 @@ def test_train_goes_on_where_a_file_cannot_be_written(folder, failing, monkeypat
 
 @pytest.mark.parametrize('failing', ['log.csv', 'best.pt'])
 def test_train_resumed_writes_what_could_not_be_written(folder, failing, monkeypatch):
-    """To the bit: the rows that log.csv lacks, and the weights of the last evaluation if they are the best."""
+    """To the bit: the rows that log.csv lacks, and the last evaluation's weights if they are the best."""
     out, real = folder / 'out' / f'lacks_{failing[:4]}', open
 
     def full(path, mode='r', *args, **more):

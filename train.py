@@ -715,7 +715,8 @@ if __name__ == '__main__':
         print(f'{name:11s} {final[name]:.4f}, {per_byte:.3f} bits per byte, over {count:,} of '
               f'{len(tokens):,} tokens, {context} at a time')
         if not final_eval_tokens and len(tokens) > 100:
-            print(f'recited     {recited(raw_model, tokens):.0%} of such windows, by greedy decoding of 50 tokens')
+            share, length = recited(raw_model, tokens)
+            print(f"recited     {share:.0%}: the {length} tokens after a window's first {length}, greedily")
     keep('model.pt', losses=final)
     if sample_interval:
         print_sample(raw_model, tok, seed)

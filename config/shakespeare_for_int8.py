@@ -1,4 +1,4 @@
-# Reference run C: warm-up, cosine and clipping, then int8. It published no numbers; all of these are ours.
+# Reference run C: warm-up, cosine and clipping, then int8. It published no settings; all of these are ours.
 # python train.py config/shakespeare_for_int8.py
 out_dir = 'out/shakespeare_for_int8'
 dataset = 'shakespeare_all'
