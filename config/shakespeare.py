@@ -1,5 +1,5 @@
 # The flagship: GPT-2 small from scratch on tiny Shakespeare until the training loss is under 0.1.
-# It learns its windows of the text by heart. The validation loss is best in the first few epochs: out/best.pt.
+# It learns its windows of the text by heart. The validation loss is best in the third epoch: out/best.pt.
 # python train.py config/shakespeare.py --batch_size=32
 dataset = 'shakespeare'
 tokenizer = 'gpt2'
