@@ -865,11 +865,11 @@ def split_loss(model, tokens, context, max_tokens=0, name='', batch_tokens=8192)
 
 
 def recited(model, tokens, length=50, texts=40):
-    """(share, length): of at most `texts` windows, the share whose first tokens greedy decoding continues.
+    """(share, length): the share of windows whose next `length` tokens greedy decoding gives word for word.
 
-    `length` tokens are the prompt and as many must follow; at most half a window each. The windows are spread
-    evenly over `tokens` (n > 2 · length), and begin at multiples of the trained context: a model that saw the
-    same ones in every epoch knows no others.
+    The prompt is a window's first `length` tokens; half a window at most, which is why length is returned.
+    At most `texts` windows, spread evenly over `tokens` (n > 2 · length), are tried. They begin at multiples
+    of the trained context, because a model that saw the same windows in every epoch knows no others.
     """
     length = min(length, max(model.trained_context // 2, 1))
     starts = np.linspace(0, len(tokens) - 2 * length, texts).astype('int64')  # float32 would overshoot

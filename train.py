@@ -95,7 +95,8 @@ def orthogonalize(x, dtype=torch.float32):
         return orthogonalize(x.transpose(1, 2), dtype).transpose(1, 2)
     x = (x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-30)).to(dtype)  # all singular values under 1
     for a, b, c in POLYNOMIALS:
-        gram = x @ x.transpose(1, 2)  # a + b·gram + c·gram² without a copy of gram: complete the square
+        # a + b·gram + c·gram² is c·(gram + b/2c)² + a - b²/4c, which needs no copy of gram
+        gram = x @ x.transpose(1, 2)
         gram.diagonal(dim1=1, dim2=2).add_(b / (2 * c))
         polynomial = torch.baddbmm(gram, gram, gram, beta=0, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a - b * b / (4 * c))
