@@ -43,18 +43,16 @@ def convert(weights, dtype):
 
 
 def measure(model, name, tokens, eval_tokens, start):
-    """[loss over `tokens` (None without tokens), tokens/s of one text, tokens/s of eight texts together]."""
+    """(loss over `tokens` (None without tokens), tokens/s of one text, tokens/s of eight texts together)."""
     context = model.trained_context
-    results = [None if tokens is None else split_loss(model, tokens, context, eval_tokens, f'loss of {name}')]
-    for texts in (1, 8):
-        best = 0.0
+    loss = None if tokens is None else split_loss(model, tokens, context, eval_tokens, f'loss of {name}')
+    best = {1: 0.0, 8: 0.0}  # by the number of texts
+    for texts in best:
         for steps in (8, 8, min(64, context), min(64, context)):  # two warm-ups first
             began = time.perf_counter()
-            for _ in model.generate(torch.tensor([[start]]), steps, num_samples=texts, compile='True'):
-                pass
-            best = max(best, texts * steps / (time.perf_counter() - began))
-        results.append(best)
-    return results
+            list(model.generate(torch.tensor([[start]]), steps, num_samples=texts, compile='True'))
+            best[texts] = max(best[texts], texts * steps / (time.perf_counter() - began))
+    return loss, *best.values()
 
 
 def megabytes(path):
