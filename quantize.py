@@ -30,13 +30,12 @@ def convert(weights, dtype):
     """
     for name in list(weights):
         w = weights.pop(name)
-        if dtype.startswith('int') and w.dim() == 2 and name != 'wpe.weight':
+        if 'int' in dtype and w.dim() == 2 and name != 'wpe.weight':
             parts = [LAYERS[dtype].from_float(part.float()) for part in w.split(4096)]
             weights[name], new = map(torch.cat, zip(*parts))  # integers, scales
             weights[name.replace('weight', 'scale')] = new
         else:
-            new = w.to(torch.float16 if dtype.startswith('int') else getattr(torch, dtype)).clone()
-            weights[name] = new
+            weights[name] = new = w.to(torch.float16 if 'int' in dtype else getattr(torch, dtype)).clone()
         if not new.isfinite().all():
             raise ValueError(f'{name} has weights of up to {w.abs().max():.3g}: not finite or too large for '
                              f'{dtype}; take an earlier model or --dtype=bfloat16')
@@ -103,7 +102,7 @@ if __name__ == '__main__':
     configure(globals(), dict(dtype=('int8', 'int4', 'bfloat16', 'float32'), format=('folio', 'hf'),
                               max_loss_increase=(0, 1e9)))
     kind = 'float32' if format == 'hf' and 'dtype' not in given else dtype  # of the new weights
-    if format == 'hf' and kind.startswith('int'):
+    if format == 'hf' and 'int' in kind:
         fail(f'--dtype={kind}: not for transformers; take float32 or bfloat16, or --format=folio', 2)
     if format == 'hf' and not find_spec('transformers'):
         fail('--format=hf needs transformers: pip install transformers')
@@ -139,7 +138,7 @@ if __name__ == '__main__':
     del model  # so that each weight's memory is free once it is converted
     convert(weights, kind)
     seconds = time.perf_counter() - began
-    config = dataclasses.replace(config, quantized=kind if kind.startswith('int') else '')
+    config = dataclasses.replace(config, quantized=kind if 'int' in kind else '')
     shape = dataclasses.asdict(config)
     facts['made_by'] = ' '.join(['quantize.py', *sys.argv[1:], 'from', str(facts.get('made_by', path))])
     kept = ('tokenizer', 'trained_context', 'step', 'losses', 'dataset', 'made_by')
