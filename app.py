@@ -63,12 +63,10 @@ NUMBERS = dict(  # what a visitor may set: label, least and greatest value, defa
 # Gradio would run a generator's steps on any of forty threads, and torch gives each of these its own OpenMP
 # threads. With more of those than cores, libgomp puts them to sleep at every barrier, which costs a third of
 # the speed. So each visitor served has one thread, which runs all the steps.
-threads = [ThreadPoolExecutor(1) for _ in range(at_once)]
-idents = {thread: thread.submit(threading.get_ident).result() for thread in threads}
-gone = set()  # the idents of those whose visitor has left
-idle = asyncio.Queue()
-for thread in threads:
-    idle.put_nowait(thread)
+idle = asyncio.Queue()  # (thread, its ident)
+gone = set()            # idents of the threads whose visitor has left
+for thread in [ThreadPoolExecutor(1) for _ in range(at_once)]:
+    idle.put_nowait((thread, thread.submit(threading.get_ident).result()))
 
 
 # -- the models ----------------------------------------------------------------------------------------------
@@ -194,7 +192,7 @@ async def on_thread(steps, escape=str):
 
     When this is closed (Stop, or a visitor who leaves), `steps` is closed after the layer in progress.
     """
-    thread, loop = await idle.get(), asyncio.get_running_loop()
+    (thread, ident), loop = await idle.get(), asyncio.get_running_loop()
     try:
         while (item := await loop.run_in_executor(thread, next, steps, None)) is not None:
             yield item
@@ -204,9 +202,9 @@ async def on_thread(steps, escape=str):
         print(f'app.py: {type(error).__name__}: {error}', flush=True)
         raise gr.Error('Something went wrong. Try fewer or shorter texts.', print_exception=False) from None
     finally:
-        gone.add(idents[thread])
-        thread.submit(steps.close).add_done_callback(lambda _: gone.discard(idents[thread]))
-        idle.put_nowait(thread)
+        gone.add(ident)
+        thread.submit(steps.close).add_done_callback(lambda _: gone.discard(ident))
+        idle.put_nowait((thread, ident))
 
 
 async def generate(prompt: str, max_new_tokens: int = 100, temperature: float = 1.0, top_k: int = 50,
@@ -362,7 +360,7 @@ page.queue(max_size=queue_size, api_open=False)  # nobody writes past the queue
 
 if __name__ == '__main__':
     if model_files():
-        threads[0].submit(get_model, '').result()  # so that the first visitor need not wait
+        thread.submit(get_model, '').result()  # so that the first visitor need not wait
     theme = gr.themes.Soft(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']).set(
         color_accent='*primary_600', button_primary_background_fill='*primary_600',  # WCAG's AA: 4.5 to 1
         button_primary_background_fill_hover='*primary_700',
