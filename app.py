@@ -275,23 +275,21 @@ def curve(path, changed):
 
 
 def look(choice, known):
-    """What a page does not show yet: the models to choose from, a line about the chosen one, the curves.
+    """The models to choose from, a line about the chosen one, the curves; nothing if a page shows them.
 
-    The last item returned, `here`, comes back as `known`: the chosen path, and the files with their times.
+    The last item returned, `here`, comes back as `known`: the choice, and the files with their times.
     """
-    paths, logs = model_files(), newest_first('log.csv')
+    paths, logs = model_files(), newest_first('log.csv')[:1]
+    here = choice, [(path, os.path.getmtime(path)) for path in paths + logs]
+    if here == known:
+        return gr.skip()
     path = choice if choice in paths else (paths or [None])[0]
-    models, log = [[(path, os.path.getmtime(path)) for path in files] for files in (paths, logs[:1])]
-    here, known, new = [(path, models), log], known or (None, None), [gr.skip()] * 5
-    if here[0] != known[0] or path != choice:
-        about = description(path, os.path.getmtime(path)) if path else NO_MODEL
-        new[:2] = gr.update(choices=paths, value=path), about
-    if here[1] != known[1]:
-        try:
-            new[2:] = curve(*here[1][0])
-        except (ValueError, LookupError, AttributeError, OSError):  # there is none, or it is being written
-            new[2:] = None, None, 'A training in this folder shows its curve here, once log.csv holds steps.'
-    return *new, here
+    about = description(path, os.path.getmtime(path)) if path else NO_MODEL
+    try:
+        shown = curve(logs[0], os.path.getmtime(logs[0]))
+    except (ValueError, LookupError, AttributeError, OSError):  # there is none, or it is being written
+        shown = None, None, 'A training in this folder shows its curve here, once log.csv holds steps.'
+    return gr.update(choices=paths, value=path), about, *shown, here
 
 
 # -- the page ------------------------------------------------------------------------------------------------
