@@ -163,10 +163,8 @@ def write(path, prompt, seed, *numbers):
     The arguments come from a visitor and are checked here; numbers are in the order of NUMBERS. Raises
     ValueError with a sentence.
     """
-    if not isinstance(prompt, str):
-        raise ValueError('The prompt must be a text.')
-    if len(prompt) > max_prompt:
-        raise ValueError(f'The prompt has {len(prompt):,} characters; {max_prompt:,} is the most.')
+    if not isinstance(prompt, str) or len(prompt) > max_prompt:
+        raise ValueError(f'The prompt must be a text of at most {max_prompt:,} characters.')
     settings = {name: number(value, *row[:3]) for (name, row), value in zip(NUMBERS.items(), numbers)}
     seed = number(random.randrange(2**31) if seed in (None, -1) else seed, 'Seed', 0, 2**53)
     model, tokenizer, index = get_model(path)

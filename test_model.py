@@ -2820,7 +2820,7 @@ def test_page_api_streams_and_refuses(page, folder):
     assert sampled.stdout == '\n---------------\n'.join(texts) + '\n'
     assert len(client.predict('The cat', 10**9, api_name='/generate')[0]) == 7 + 5000  # at most max_tokens
     for wrong, words in ((dict(prompt=None), 'must be a text'),
-                         (dict(prompt='x' * 501), '500 is the most'),
+                         (dict(prompt='x' * 501), 'at most 500'),
                          (dict(prompt='@'), "'@' is not in"),
                          (dict(prompt='The', max_new_tokens='many'), 'New tokens'),
                          (dict(prompt='The', top_p=[1]), 'Top-p'),
