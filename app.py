@@ -224,19 +224,18 @@ def updates(*inputs):
     """What show() yields: the texts as they come, and at the end with the recited parts marked."""
     for state in write(*inputs):
         yield panels(state, [html.escape(stream.text) for stream in state['streams']]), status(state)
-    # about as much text: 30 characters, 12 tokens of a small vocabulary, 8 of a large one
-    n, unit = (30, 'characters') if state['tokenizer'].eot is None else (12, 'tokens')
-    n = 8 if state['tokenizer'].vocab_size > 2**14 else n
-    texts, shares = [], []
+    # about as much text: 8 tokens of a large vocabulary, 30 characters, 12 tokens of a small vocabulary
+    tokenizer, texts, shares = state['tokenizer'], [], []
+    n = 8 if tokenizer.vocab_size > 2**14 else 30 if tokenizer.eot is None else 12
     if not state['index']:  # the training data is not here, so nothing is marked
         return
     for stream in state['streams']:
         found = recited(state['ids'] + stream.ids, state['index'], n)[len(state['ids']):]
-        texts.append(highlighted(stream.ids, state['tokenizer'], found))
+        texts.append(highlighted(stream.ids, tokenizer, found))
         shares.append(f'{found.mean():.0%}')
     yield panels(state, texts), (
         f"{status(state)}<br>{', '.join(shares)} stands word for word in the training text (marked; "
-        f'{n} {unit} or more). Models of a small text recite it.')
+        f'{n} tokens or more). Models of a small text recite it.')
 
 
 def panels(state, texts):
