@@ -52,8 +52,7 @@ def write(prompt):
         for texts in stream_texts(steps, tokenizer, count, stop):
             print(texts[0].text[printed:], end='', flush=True)
             printed = len(texts[0].text)
-        for text in texts[1:]:
-            print(SEPARATOR + prompt + text.text, end='')
+        print(''.join(SEPARATOR + prompt + text.text for text in texts[1:]), end='')
         tokens += sum(len(text.ids) for text in texts)
     print(flush=True)
     seconds = time.perf_counter() - began
