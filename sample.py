@@ -5,6 +5,7 @@ $ python sample.py --checkpoint=out/quickstart --num_samples=3 --max_new_tokens=
 $ python sample.py --start=FILE:prompt.txt --temperature=0    # greedy; --start=- reads standard input
 $ python sample.py --interactive    # asks for one prompt after the other
 """
+import contextlib
 import signal
 import sys
 import time
@@ -60,15 +61,6 @@ def write(prompt):
     print(f'{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s{drafted}', file=sys.stderr)
 
 
-def ask():
-    """Read a prompt from the user; if stdout is not a terminal, it gets the texts alone."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        import readline  # noqa: F401  (gives input() arrow keys and history)
-        return input('Prompt> ')
-    print('Prompt> ', end='', file=sys.stderr, flush=True)
-    return input()
-
-
 if hasattr(signal, 'SIGPIPE'):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe
 keep_freed_memory()
@@ -92,9 +84,12 @@ if not interactive:
     sys.exit()
 print('Type a prompt and Enter. Ctrl-C stops a text; at the prompt Ctrl-D or Ctrl-C leaves.', file=sys.stderr)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt
+with contextlib.suppress(ImportError):  # Windows has none
+    import readline  # noqa: F401  (gives input() arrow keys and history)
 while True:
     try:
-        prompt, start = start or ask(), ''  # a prompt that was given comes before the user's own
+        with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
+            prompt, start = start or input('Prompt> '), ''  # a prompt that was given comes first
     except (EOFError, KeyboardInterrupt) as leaving:
         sys.exit(130 if isinstance(leaving, KeyboardInterrupt) else 0)
     try:
