@@ -11,7 +11,6 @@ import functools
 import glob
 import html
 import os
-import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +165,7 @@ def write(path, prompt, seed, *numbers):
     if not isinstance(prompt, str) or len(prompt) > max_prompt:
         raise ValueError(f'The prompt must be a text of at most {max_prompt:,} characters.')
     settings = {name: number(value, *row[:3]) for (name, row), value in zip(NUMBERS.items(), numbers)}
-    seed = number(random.randrange(2**31) if seed in (None, -1) else seed, 'Seed', 0, 2**53)
+    seed = number(time.time_ns() % 2**31 if seed in (None, -1) else seed, 'Seed', 0, 2**53)
     model, tokenizer, index = get_model(path)
     prompt = prompt.encode('utf-8', 'replace').decode()  # a lone surrogate cannot be sent back
     ids = tokenizer.encode(prompt) or [tokenizer.start]
