@@ -324,7 +324,7 @@ with gr.Blocks(title='folio') as page:
     with gr.Tab('Text'), gr.Row():
         with gr.Column(scale=2):
             prompt = gr.Textbox(label='Prompt', lines=3, max_lines=12, elem_id='prompt',
-                                placeholder='The beginning of a text. Shift-Enter writes on.')
+                                info='The beginning of a text. Shift-Enter writes on.')
             with gr.Row():
                 go = gr.Button('Generate', variant='primary', elem_id='generate')
                 halt = gr.Button('Stop', elem_id='stop')
@@ -356,9 +356,8 @@ if __name__ == '__main__':
     if model_files():
         thread.submit(get_model, '').result()  # so that the first visitor need not wait
     theme = gr.themes.Soft(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']).set(
-        body_text_color_subdued='*neutral_600', input_placeholder_color='*neutral_500',
-        input_placeholder_color_dark='*neutral_300')  # for a contrast of 4.5 to 1, WCAG's AA
-    theme.primary_400, theme.primary_500 = theme.primary_600, theme.primary_700  # and darker shades of indigo
+        body_text_color_subdued='*neutral_600')  # WCAG's AA: a contrast of at least 4.5 to 1
+    theme.primary_400, theme.primary_500 = theme.primary_600, theme.primary_700
     try:
         page.launch(server_name=host or None, server_port=port if 'port' in given else None, share=share,
                     auth=tuple(login.split(':', 1)) if login else None, theme=theme, css=CSS,
