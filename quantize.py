@@ -125,9 +125,8 @@ if __name__ == '__main__':
     # -- the text to measure the loss on ---------------------------------------------------------------------
     train, val = load_data_of(facts, dataset)
     split, tokens = ('validation', val) if val is not None and len(val) > 1 else ('train', train)
-    data = dataset or facts.get('dataset', '')
     if tokens is None and dataset:
-        fail(f"--dataset={data}: no whole data/{data} in the model's tokenizer; leave it out", 2)
+        fail(f"--dataset={dataset}: no whole data/{dataset} in the model's tokenizer; leave it out", 2)
     if tokens is None:
         print("no loss is measured: the model's data is not here; name it with --dataset", file=sys.stderr)
 
@@ -161,7 +160,7 @@ if __name__ == '__main__':
     print(f"{'':20s}{'original':>12s}{kind:>12s}")
     print(f"{'size, MB':20s}{size:12.1f}{megabytes(target):12.1f}")
     if tokens is not None:
-        change = f'{after[0] / before[0] - 1:+.2%}   (data/{data}, {split})'
+        change = f"{after[0] / before[0] - 1:+.2%}   (data/{dataset or facts['dataset']}, {split})"
         bits = bits_per_nat(tokens[:eval_tokens or None], tokenizer)
         print(f"{'loss':20s}{before[0]:12.4f}{after[0]:12.4f}  {change}")
         print(f"{'bits per byte':20s}{before[0] * bits:12.4f}{after[0] * bits:12.4f}")
