@@ -132,11 +132,10 @@ if __name__ == '__main__':
 
     # -- convert and measure ---------------------------------------------------------------------------------
     before = measure(model, 'the original', tokens, eval_tokens, tokenizer.start)
-    began, size = time.perf_counter(), megabytes(path) or model.num_params() * 4 / 1e6
+    size = megabytes(path) or model.num_params() * 4 / 1e6
     weights = {**model.state_dict(), 'wte.weight': model.wte.weight.detach()[:config.vocab_size]}
     del model  # so that each weight's memory is free once it is converted
     convert(weights, kind)
-    seconds = time.perf_counter() - began
     config = dataclasses.replace(config, quantized=kind if 'int' in kind else '')
     shape = dataclasses.asdict(config)
     facts['made_by'] = ' '.join(['quantize.py', *sys.argv[1:], 'from', str(facts.get('made_by', path))])
@@ -166,5 +165,4 @@ if __name__ == '__main__':
         print(f"{'bits per byte':20s}{before[0] * bits:12.4f}{after[0] * bits:12.4f}")
     print(f"{'tokens/s, one text':20s}{before[1]:12.1f}{after[1]:12.1f}")
     print(f"{'tokens/s, eight':20s}{before[2]:12.1f}{after[2]:12.1f}")
-    print(f'{path} -> {target}, converted in {seconds:.1f} s. '
-          f'Now: python sample.py --checkpoint={shlex.quote(target)}')
+    print(f'{path} -> {target}. Now: python sample.py --checkpoint={shlex.quote(target)}')
