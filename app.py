@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from config import configure, fail, given
-from model import (GPTConfig, Index, device_name, download, find, keep_freed_memory, load, pick_device,
-                   read)
+from model import GPTConfig, Index, device_name, download, find, keep_freed_memory, load, pick_device, read
 from prepare import TextStream, get_tokenizer, load_data_of, stream_texts
 
 checkpoint = ''      # a model file, a folder of them or a Hub id; empty = $FOLIO_CHECKPOINT, else out
