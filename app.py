@@ -259,8 +259,8 @@ def status(state):
 def curve(path, changed):
     """Tables of the losses and of the learning rate by step, from a log.csv, and a line about it."""
     log = pandas.read_csv(path)
-    every = max(len(log) // 1000, 1)  # enough points; evaluations are rare, and all are kept
-    log = log[log.val_loss.notna() | (log.index % every == 0) | (log.index == log.index[-1])]
+    # a thousand points or two, counted from the last; evaluations are rare, and all are kept
+    log = log[log.val_loss.notna() | (log.index[::-1] % max(len(log) // 1000, 1) == 0)]
     log = log.rename(columns={'loss': 'batches', 'train_loss': 'train', 'val_loss': 'validation'})
     losses = log.melt('step', ['batches', 'train', 'validation'], 'curve', 'loss').dropna()
     about = f'{path}, step {log.step.iloc[-1]:,}'
