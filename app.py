@@ -43,7 +43,6 @@ keep_freed_memory()
 os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1')
 import gradio as gr  # noqa: E402  (Gradio reads these variables when it is imported)
 import pandas  # noqa: E402  (Gradio brings it)
-from gradio.tunneling import CURRENT_TUNNELS  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
 chip = pick_device(device)
@@ -364,6 +363,6 @@ if __name__ == '__main__':
                     state_session_capacity=256, app_kwargs=dict(middleware=[Middleware(bounded)]),
                     _frontend=False)  # else Gradio gives up where its page takes three seconds to answer
     except SystemExit as leaving:  # of a signal; a text in progress would abort a process that leaves slowly
-        for tunnel in CURRENT_TUNNELS:  # of --share
+        for tunnel in gr.tunneling.CURRENT_TUNNELS:  # of --share
             tunnel.kill()
         os._exit(leaving.code)
