@@ -354,7 +354,8 @@ if __name__ == '__main__':
     if model_files():
         thread.submit(get_model, '').result()  # so that the first visitor need not wait
     theme = gr.themes.Soft(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']).set(
-        body_text_color_subdued='*neutral_600')  # WCAG's AA: a contrast of at least 4.5 to 1
+        body_text_color_subdued='*neutral_600')
+    # texts on the theme's own indigo, or in it, have less than the contrast of WCAG's AA, 4.5 to 1
     theme.primary_400, theme.primary_500 = theme.primary_600, theme.primary_700
     try:
         page.launch(server_name=host or None, server_port=port if 'port' in given else None, share=share,
