@@ -240,48 +240,34 @@ def find_files(input):
     return files
 
 
-def read_bytes(path, digest=None, lines=False):
-    """Yield the bytes of a file in blocks or in lines, unpacked if it is a .gz; path 0 is standard input.
+def read_text(path, lines=False):
+    """Yield the text of a UTF-8 file in blocks or in lines, newlines unchanged; path 0 is standard input.
 
-    Adds them to the hash `digest`. Raises ValueError for a damaged .gz.
+    A .gz is unpacked. Raises ValueError if it is damaged, or with the position of a byte that is not UTF-8.
     """
+    name, done = path or 'standard input', 0
     try:
         with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
-            for block in f if lines else iter(lambda: f.read(2**16), b''):
-                if digest:
-                    digest.update(block)
-                yield block
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f'{path}: damaged: {error}; get the file again') from None
-
-
-def read_text(path, digest=None):
-    """Yield the text of a UTF-8 file in blocks, newlines unchanged; see read_bytes().
-
-    Raises ValueError with the position of a byte that is not UTF-8.
-    """
-    decoder, done = codecs.getincrementaldecoder('utf-8')(), 0
-    try:
-        for block in read_bytes(path, digest):
-            done += len(block)
-            yield decoder.decode(block)
-        decoder.decode(b'', final=True)
-    except UnicodeDecodeError as error:
-        at = done - len(error.object) + error.start  # error.object: what was being decoded
-        name = path or 'standard input'
+            for text in codecs.iterdecode(f if lines else iter(lambda: f.read(2**16), b''), 'utf-8'):
+                yield text
+                done += len(text.encode())
+    except UnicodeDecodeError as error:  # of the bytes after the first `done`
+        at = done + error.start
         raise ValueError(f'{name}: not UTF-8 at byte {at:,}; convert it, for example by iconv') from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f'{name}: damaged: {error}; get the file again') from None
 
 
-def read_json_lines(path, joiner, digest=None):
+def read_json_lines(path, joiner):
     """Yield the `text` of each line of a .jsonl file, and `joiner` between two.
 
     Raises ValueError with the number of a line that has none.
     """
-    for number, line in enumerate(read_bytes(path, digest, lines=True), 1):
+    for number, line in enumerate(read_text(path, lines=True), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)['text']
+            text = json.loads(line.removeprefix('\ufeff'))['text']  # a byte order mark, as Windows writes it
             text.encode()  # raises ValueError for half of a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; mend it') from None
@@ -290,7 +276,7 @@ def read_json_lines(path, joiner, digest=None):
         yield text
 
 
-def read_documents(files, joiner, digest=None):
+def read_documents(files, joiner):
     """Yield the blocks of all documents; between two yield `joiner`, a string or None.
 
     A document is a file, or a line's `text` in a .jsonl or .jsonl.gz file.
@@ -299,9 +285,17 @@ def read_documents(files, joiner, digest=None):
         if path != files[0]:
             yield joiner
         if path.endswith(('.jsonl', '.jsonl.gz')):
-            yield from read_json_lines(path, joiner, digest)
+            yield from read_json_lines(path, joiner)
         else:
-            yield from read_text(path, digest)
+            yield from read_text(path)
+
+
+def digest_of(files):
+    """The SHA-256 of the contents of UTF-8 files, one after the other."""
+    digest = hashlib.sha256()
+    for text in itertools.chain.from_iterable(map(read_text, files)):
+        digest.update(text.encode())
+    return digest.hexdigest()
 
 
 def split_at(cut, blocks):
@@ -460,9 +454,9 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     """
     if vocab_size and tokenizer != 'bpe':
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
-    began, total, size, found, digest = time.time(), 0, 0, set(), hashlib.sha256()
+    began, total, size, found = time.time(), 0, 0, set()
     files, joiner = find_files(input), '\n' if tokenizer == 'char' else None
-    for block in read_documents(files, joiner, digest):  # a first reading, because the cut needs the length
+    for block in read_documents(files, joiner):  # a first reading, because the cut needs the length
         total, size = total + len(block or ''), size + len((block or '').encode('utf-8'))
         if tokenizer == 'char':
             found.update(block)
@@ -484,7 +478,7 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
         if not replace and os.path.exists(f'{folder}/train.bin'):
             raise ValueError(f'{folder}: another process has just prepared it; start again')
         tokens, size, digests = write_splits(new, tok, pairs, special_tokens, total)
-        source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
+        source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest_of(files),
                   'bytes': sum(map(os.path.getsize, files))}
         meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
                 'special_tokens': special_tokens,
@@ -569,10 +563,7 @@ def check_data(dataset, meta, wanted):
     for key, value in wanted.items():
         same = has.get(key) in (value, None)  # None: nanoGPT's data, which do not say
         if key == 'input' and has['input']:
-            digest = hashlib.sha256()
-            for _ in read_documents(find_files(value), None, digest):
-                pass
-            same = digest.hexdigest() == meta['source']['sha256']
+            same = digest_of(find_files(value)) == meta['source']['sha256']
         if not same:
             raise ValueError(f'data/{dataset}: {key} {has[key]} differs from {value}; name another dataset')
 
