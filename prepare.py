@@ -523,18 +523,17 @@ def load_data(dataset):
     for split in ('train', 'val'):
         path = f'{folder}/{split}.bin'
         # a val.bin that meta.json does not name is left of a preparation that was killed
-        here = split == 'train' or os.path.exists(path) and split in (counts or ['val'])
+        here = split in counts if counts else split == 'train' or os.path.exists(path)
         size = os.path.getsize(path) if here else 0
-        want = 2 * counts.get(split, 0) if counts else size // 2 * 2
+        want = 2 * counts.get(split, size // 2)
         if size != want or split == 'train' and not size:
             raise ValueError(f'{path}: {size:,} bytes instead of {want:,}; prepare it again with prepare.py')
         splits.append(np.memmap(path, dtype='<u2', mode='r') if size else None)
         known = meta.get('sha256', {}).get(split)  # a file over 1 GB would take seconds
         if known and size <= 2**30 and hashlib.sha256(splits[-1]).hexdigest() != known:
             raise ValueError(f'{path}: damaged: not the ids that prepare.py wrote; prepare it again')
-        ids = meta['tokenizer']['vocab_size']
-        if not known and size and splits[-1].max() >= ids:
-            raise ValueError(f"{path}: has ids that a vocabulary of {ids:,} has not; prepare it again")
+        if not known and size and splits[-1].max() >= meta['tokenizer']['vocab_size']:
+            raise ValueError(f'{path}: has ids that its vocabulary has not; prepare it again')
     return *splits, meta
 
 
@@ -543,14 +542,13 @@ def load_data_of(meta, dataset=''):
 
     (None, None) if they are not here whole, or in another tokenizer, or fewer than four ids.
     """
-    try:
+    with contextlib.suppress(ValueError, OSError, AttributeError, KeyError, TypeError):  # damaged or absent
         dataset = dataset or meta['dataset']
         check_dataset(dataset)
         train, val, data_meta = load_data(dataset)
-        same = data_meta['tokenizer'] == meta['tokenizer'] and len(train) > 3
-        return (train, val) if same else (None, None)
-    except (ValueError, OSError, AttributeError, KeyError, TypeError):  # damaged, or not here
-        return None, None
+        if data_meta['tokenizer'] == meta['tokenizer'] and len(train) > 3:
+            return train, val
+    return None, None
 
 
 def check_data(dataset, meta, wanted):

@@ -1698,7 +1698,7 @@ def test_load_data_refuses_ids_beyond_an_older_vocabulary(folder, tmp_path, monk
     ids = np.memmap(tmp_path / 'data/old/train.bin', dtype='<u2', mode='r+')
     ids[5] = 60_000
     ids.flush()
-    with pytest.raises(ValueError, match='has ids that a vocabulary of'):
+    with pytest.raises(ValueError, match='has ids that its vocabulary has not'):
         load_data('old')
 
 
