@@ -11,7 +11,6 @@ $ python prepare.py --input=stories.txt --dataset=stories --special_tokens    # 
 """
 import base64
 import codecs
-import collections
 import contextlib
 import glob
 import gzip
@@ -26,6 +25,7 @@ import sys
 import time
 import weakref
 import zlib
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -333,42 +333,40 @@ def cut_exactly(blocks):
 
 
 def write_splits(folder, tokenizer, pairs, special_tokens, total):
-    """Encode pairs of a split and a block, all of train first, into files of uint16; print the progress.
+    """Encode pairs of a split and a block, all of train first, into files of uint16; `total` is their bytes.
 
-    Returns {split: its number of ids}, {split: the bytes of their text} and {split: the file's SHA-256}.
+    Prints the progress. Returns what meta.json says about the splits: {'tokens': {split: its number of ids},
+    'bytes': {split: those of its text}, 'sha256': {split: the file's}}.
     """
     def encode(piece):
         if tokenizer.eot and piece and not special_tokens and len(piece) < 100_000:  # an array, not a list
             ids = tokenizer.encoding.encode_to_numpy(piece, disallowed_special=())
         else:
             ids = [tokenizer.eot] if piece is None else tokenizer.encode(piece, special_tokens)
-        return len(piece or ''), np.array(ids, dtype='<u2')
+        return np.array(ids, dtype='<u2')
 
-    cores, lengths, tokens, size, digests = os.cpu_count() or 1, byte_lengths(tokenizer), {}, {}, {}
+    cores, lengths, tokens, size = os.cpu_count() or 1, byte_lengths(tokenizer), Counter(), Counter()
+    digests = defaultdict(hashlib.sha256)
     began = shown = time.time()
-    done = 0  # characters
     for split, pairs_of_split in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        pieces, digest = cut_exactly(block for _, block in pairs_of_split), hashlib.sha256()
-        tokens[split] = size[split] = 0
+        pieces = cut_exactly(block for _, block in pairs_of_split)
         # threads, because tiktoken releases the GIL; a few pieces ahead, because all would fill the memory
         with open(f'{folder}/{split}.bin', 'wb') as f, ThreadPoolExecutor(cores) as pool:
             jobs = (pool.submit(encode, piece) for piece in pieces)
-            ahead = collections.deque(itertools.islice(jobs, 4 * cores))
+            ahead = deque(itertools.islice(jobs, 4 * cores))
             while ahead:
-                characters, ids = ahead.popleft().result()
+                ids = ahead.popleft().result()
                 ahead.extend(itertools.islice(jobs, 1))
                 f.write(ids.tobytes())
-                digest.update(ids)
+                digests[split].update(ids)
                 tokens[split] += len(ids)
                 size[split] += int(lengths[ids].sum())
-                done += characters
                 if time.time() - shown > 2:
-                    shown = time.time()
+                    shown, done = time.time(), sum(size.values())
                     rate = max(done, 1) / (shown - began)
-                    print(f'{done / total:.0%} of {total:,} characters, {rate / 1e6:.1f} M/s, '
+                    print(f'{done / total:.0%} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, '
                           f'{(total - done) / rate:.0f} s left', file=sys.stderr)
-        digests[split] = digest.hexdigest()
-    return tokens, size, digests
+    return {'tokens': tokens, 'bytes': size, 'sha256': {split: d.hexdigest() for split, d in digests.items()}}
 
 
 class FolderLock:
@@ -477,17 +475,16 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     with replacing_files(folder, ('train.bin', 'meta.json', 'val.bin')) as new:
         if not replace and os.path.exists(f'{folder}/train.bin'):
             raise ValueError(f'{folder}: another process has just prepared it; start again')
-        tokens, size, digests = write_splits(new, tok, pairs, special_tokens, total)
+        written = write_splits(new, tok, pairs, special_tokens, size)
         source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest_of(files),
                   'bytes': sum(map(os.path.getsize, files))}
         meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
                 'special_tokens': special_tokens,
-                'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size,
-                'tokens': tokens, 'bytes': size, 'sha256': digests}
+                'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size, **written}
         text = json.dumps({**meta, 'checksum': checksum(meta)}, indent=1)
         Path(new, 'meta.json').write_text(text, 'utf-8')
-    for split in tokens:
-        print(f'{folder}/{split}.bin: {tokens[split]:,} tokens')
+    for split, count in written['tokens'].items():
+        print(f'{folder}/{split}.bin: {count:,} tokens')
     seconds = time.time() - began
     print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of '
           f'{input} in {seconds:.1f} s ({total / seconds / 1e6:.1f} M/s)')
