@@ -35,7 +35,6 @@ import tiktoken
 ENDOFTEXT = '<|endoftext|>'
 VOCABULARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'gpt2.tiktoken')
 GPT2 = {'name': 'gpt2', 'vocab_size': 50257}  # the meta of GPT-2's tokenizer
-LEARNT = 200e6  # bytes of text that a vocabulary is learnt from at most
 # how GPT-2 splits text before it merges bytes: the pattern of https://github.com/openai/tiktoken
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # the characters that \s matches in this pattern; Python's isspace() accepts four control characters more
@@ -462,12 +461,11 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     if not cut:
         raise ValueError(f'{input}: {total} characters, val_fraction {val_fraction}: none left to train on')
     if tokenizer == 'bpe' and not known:
-        share = min(LEARNT / size, 1)
+        share = min(200e6 / size, 1)  # of the text's bytes, 200 MB at most
         ids = vocab_size or (1024 if size < 400_000 else 2048 if size < 1_600_000 else 4096)
         print(f'learning {ids:,} ids from {size * share / 1e6:,.1f} MB of text', file=sys.stderr)
         pairs = split_at(cut, read_documents(files, None))
-        training = (block for split, block in pairs if split == 'train')
-        known = learn_tokenizer(training, share, ids)
+        known = learn_tokenizer((block for split, block in pairs if split == 'train'), share, ids)
     tok = get_tokenizer(known or {'name': tokenizer, 'characters': found})
     tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
 
@@ -481,8 +479,7 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
         meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
                 'special_tokens': special_tokens,
                 'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size, **written}
-        text = json.dumps({**meta, 'checksum': checksum(meta)}, indent=1)
-        Path(new, 'meta.json').write_text(text, 'utf-8')
+        Path(new, 'meta.json').write_text(json.dumps({**meta, 'checksum': checksum(meta)}, indent=1), 'utf-8')
     for split, count in written['tokens'].items():
         print(f'{folder}/{split}.bin: {count:,} tokens')
     seconds = time.time() - began
