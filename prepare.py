@@ -56,9 +56,8 @@ class BPETokenizer:
         self.eot = self.start = len(tokens)
         ranks = {base64.b64decode(token): id for id, token in enumerate(tokens)}
         if len(ranks) != meta['vocab_size'] - 1 or not ranks.keys() >= {bytes([i]) for i in range(256)}:
-            raise ValueError(f"the {meta['name']} vocabulary is damaged: {len(ranks):,} tokens instead of "
-                             f"{meta['vocab_size'] - 1:,}, or not each single byte; get its file again, "
-                             f'for gpt2 {VOCABULARY}')
+            raise ValueError(f"the {meta['name']} vocabulary is damaged: not {meta['vocab_size'] - 1:,} "
+                             f'tokens, or not each single byte; get its file again, for gpt2 {VOCABULARY}')
         self.encoding = tiktoken.Encoding(meta['name'], pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                           special_tokens={ENDOFTEXT: self.eot})
 
