@@ -376,15 +376,14 @@ class FolderLock:
 
     def __init__(self, folder):
         os.makedirs(folder, exist_ok=True)
-        try:
+        with contextlib.suppress(ImportError, OSError):  # Windows and some network file systems have no locks
             import fcntl
             self.descriptor = os.open(folder, os.O_RDONLY)
             weakref.finalize(self, os.close, self.descriptor)  # which also ends the lock
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f'{folder}: another process writes there; wait, or name another') from None
-        except (ImportError, OSError):  # Windows and some network file systems have no such locks
-            pass
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f'{folder}: another process writes there; wait, or name another') from None
 
 
 @contextlib.contextmanager
