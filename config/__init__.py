@@ -151,11 +151,10 @@ def print_help(namespace, settings):
 
 def on_signals(action):
     """Set what Ctrl-C, SIGTERM and a closed terminal do: a function of (number, frame), or signal.SIG_DFL."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        numbers.append(signal.SIGHUP)
-    for number in numbers:
-        signal.signal(number, action)
+    hangup = getattr(signal, 'SIGHUP', signal.SIGTERM)  # Windows has none
+    for number in (signal.SIGINT, signal.SIGTERM, hangup):
+        if number != hangup or signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, action)
 
 
 def end(number, frame):
