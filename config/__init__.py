@@ -141,12 +141,10 @@ def print_help(namespace, settings):
     print((namespace['__doc__'] or '').strip(), '\nSettings, as --key=value or in a config file:', sep='\n')
     with open(namespace['__file__'], encoding='utf-8') as f:
         source = f.read().split('configure(globals()')[0].split("\nif __name__ == '__main__':")[-1]
-    heading = ''
-    for line in source.splitlines():
-        setting = re.match(r"\s*(\w+) = ('[^']*'|[^#]+?)\s*(?:# *(.*))?$", line)
-        if setting and setting[1] in settings:
-            print(heading + f"  --{setting[1]}={setting[2].strip(chr(39))}".ljust(36), setting[3] or '')
-        heading = f'\n{line.strip("# ")}\n' if re.match(r'\s*# ', line) else ''
+    pattern = r"(?m)^(?: *# (.*)\n)? *(\w+) = ('[^']*'|[^#\n]+?) *(?:# *(.*))?$"
+    for heading, key, value, comment in re.findall(pattern, source):
+        if key in settings:
+            print((heading and f'\n{heading}\n') + f'  --{key}={value.strip(chr(39))}'.ljust(36), comment)
 
 
 def on_signals(action):
