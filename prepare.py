@@ -250,8 +250,7 @@ def read_text(path, lines=False):
                 yield text
                 done += len(text.encode())
     except UnicodeDecodeError as error:  # of the bytes after the first `done`
-        at = done + error.start
-        raise ValueError(f'{name}: not UTF-8 at byte {at:,}; convert it, for example by iconv') from None
+        raise ValueError(f'{name}: not UTF-8 at byte {done + error.start:,}; convert it by iconv') from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f'{name}: damaged: {error}; get the file again') from None
 
