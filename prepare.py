@@ -312,20 +312,18 @@ def split_at(cut, blocks):
 def cut_exactly(blocks):
     """Regroup blocks into pieces that can be encoded one by one: their ids, joined, are the whole text's.
 
-    A piece ends where a word does, because GPT2_PATTERN always cuts between a word and a blank. Text after
-    the last word of a block waits for the next block.
+    A piece ends where a word does, because GPT2_PATTERN always cuts between a word and a blank, or where the
+    document does. Text after the last word of a block waits for the next block.
     """
     held = ''
     for block in blocks:
+        text = held + (block or '')
+        last_blank = max(text.rfind(' '), text.rfind('\n'))
+        end = len(text) if block is None else len(text[:last_blank + 1].rstrip(BLANKS))
+        yield text[:end]
+        held = text[end:]
         if block is None:
-            yield from (held, None)
-            held = ''
-        else:
-            text = held + block
-            last_blank = max(text.rfind(' '), text.rfind('\n'))
-            word_end = len(text[:last_blank + 1].rstrip(BLANKS))
-            yield text[:word_end]
-            held = text[word_end:]
+            yield None
     yield held
 
 
