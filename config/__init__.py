@@ -9,7 +9,6 @@ can read the values set so far.
 """
 import builtins
 import difflib
-import functools
 import os
 import re
 import signal
@@ -32,7 +31,7 @@ def configure(namespace, limits=None, memory_advice='lower the sizes asked for')
     out, and Ctrl-C and SIGTERM end the process at once with status 130 and 143.
     """
     if namespace.get('__name__') == '__main__':
-        sys.excepthook = functools.partial(report, memory_advice=memory_advice)
+        sys.excepthook = lambda *raised: report(*raised, memory_advice)
         on_signals(end)
         sys.stdin = sys.stdin or open(os.devnull, encoding='utf-8')  # None if the shell closed it
         sys.stderr = sys.stderr or open(os.devnull, 'w', encoding='utf-8')
