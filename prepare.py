@@ -432,6 +432,11 @@ def check_vocab_size(size):
         raise ValueError('must be 257 (256 bytes and the document end) to 65,536, or 0')
 
 
+# what configure() checks of the settings that train.py has too
+LIMITS = dict(dataset=check_dataset, tokenizer=('gpt2', 'bpe', 'char'), vocab_size=check_vocab_size,
+              val_fraction=(0, 0.999999))
+
+
 def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1,
             special_tokens=False, vocab_size=0, known=None, replace=True):
     """Turn text into the files of data/<dataset>/; return the contents of meta.json.
@@ -562,8 +567,7 @@ if __name__ == '__main__':
     vocab_size = 0           # ids of a bpe vocabulary, from 257 on; 0 = 1,024 to 4,096 by the text's size
     val_fraction = 0.1       # share of the characters, at the end, kept for validation; 0 = none
     special_tokens = False   # the text <|endoftext|> is the document end, not plain characters
-    configure(globals(), dict(dataset=check_dataset, tokenizer=('gpt2', 'bpe', 'char'),
-                              vocab_size=check_vocab_size, val_fraction=(0, 0.999999)))
+    configure(globals(), LIMITS)
     if special_tokens and tokenizer == 'char':
         fail('--special_tokens: a char vocabulary has no document end; leave it out, or take bpe', 2)
     prepare(input, dataset, tokenizer, val_fraction, special_tokens, vocab_size)

@@ -29,8 +29,7 @@ import torch.distributed as dist
 from config import configure, end, fail, given, merge, on_signals
 from model import (GPT, GPTConfig, capture, device_name, duration, keep_freed_memory, load, or_none,
                    pick_device, pick_dtype, product, read, recited, save, split_loss)
-from prepare import (FolderLock, bits_per_nat, check_data, check_dataset, check_vocab_size, get_tokenizer,
-                     load_data, prepare)
+from prepare import LIMITS, FolderLock, bits_per_nat, check_data, get_tokenizer, load_data, prepare
 
 
 # -- optimizer -----------------------------------------------------------------------------------------------
@@ -301,10 +300,9 @@ if __name__ == '__main__':
     deterministic = False            # repeat bit for bit on CUDA too, somewhat slower
     seed = 1337                      # of weights, order of windows, dropout
     settings = configure(globals(), dict(
-        dataset=check_dataset, device=pick_device, val_fraction=(0, 0.999999),
-        tokenizer=('gpt2', 'bpe', 'char'), vocab_size=check_vocab_size, batch_size=(1, 2**16),
-        gradient_accumulation_steps=(1, 2**16), optimizer=('adamw', 'muon'), learning_rate=(0, 1e3),
-        schedule=('cosine', 'onecycle', 'linear', 'constant'), beta1=(0, 0.999999), beta2=(0, 0.99999999),
+        LIMITS, device=pick_device, batch_size=(1, 2**16), gradient_accumulation_steps=(1, 2**16),
+        optimizer=('adamw', 'muon'), learning_rate=(0, 1e3), beta1=(0, 0.999999), beta2=(0, 0.99999999),
+        schedule=('cosine', 'onecycle', 'linear', 'constant'),
         eval_iters=(1,), dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False')),
         'lower --batch_size and raise --gradient_accumulation_steps, or give --gradient_checkpointing')
 
