@@ -356,10 +356,9 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
                 tokens[split] += len(ids)
                 size[split] += int(lengths[ids].sum())
                 if time.time() - shown > 2:
-                    shown, done = time.time(), sum(size.values())
-                    rate = max(done, 1) / (shown - began)
-                    print(f'{done / total:.0%} of {total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, '
-                          f'{(total - done) / rate:.0f} s left', file=sys.stderr)
+                    shown, done = time.time(), sum(size.values()) or 1
+                    left = (shown - began) * (total / done - 1)
+                    print(f'{done / total:.0%} of {total / 1e6:,.1f} MB, {left:.0f} s left', file=sys.stderr)
     return {'tokens': tokens, 'bytes': size, 'sha256': {split: d.hexdigest() for split, d in digests.items()}}
 
 
