@@ -237,21 +237,30 @@ def find_files(input):
     return files
 
 
-def read_text(path, lines=False):
-    """Yield the text of a UTF-8 file in blocks or in lines, newlines unchanged; path 0 is standard input.
+def read_bytes(path, lines=False):
+    """Yield the bytes of a file in blocks or in lines, unpacked if it is a .gz; path 0 is standard input.
 
-    A .gz is unpacked. Raises ValueError if it is damaged, or with the position of a byte that is not UTF-8.
+    Raises ValueError for a damaged .gz.
+    """
+    try:
+        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
+            yield from f if lines else iter(lambda: f.read(2**16), b'')
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f'{path}: damaged: {error}; get the file again') from None
+
+
+def read_text(path):
+    """Yield the text of a UTF-8 file in blocks, newlines unchanged; see read_bytes().
+
+    Raises ValueError with the position of a byte that is not UTF-8.
     """
     name, done = path or 'standard input', 0
     try:
-        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
-            for text in codecs.iterdecode(f if lines else iter(lambda: f.read(2**16), b''), 'utf-8'):
-                yield text
-                done += len(text.encode())
+        for text in codecs.iterdecode(read_bytes(path), 'utf-8'):
+            yield text
+            done += len(text.encode())
     except UnicodeDecodeError as error:  # of the bytes after the first `done`
         raise ValueError(f'{name}: not UTF-8 at byte {done + error.start:,}; convert it by iconv') from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f'{name}: damaged: {error}; get the file again') from None
 
 
 def read_json_lines(path, joiner):
@@ -259,11 +268,11 @@ def read_json_lines(path, joiner):
 
     Raises ValueError with the number of a line that has none.
     """
-    for number, line in enumerate(read_text(path, lines=True), 1):
+    for number, line in enumerate(read_bytes(path, lines=True), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line.removeprefix('\ufeff'))['text']  # a byte order mark, as Windows writes it
+            text = json.loads(line)['text']
             text.encode()  # raises ValueError for half of a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; mend it') from None
@@ -272,11 +281,12 @@ def read_json_lines(path, joiner):
         yield text
 
 
-def read_documents(files, joiner):
-    """Yield the blocks of all documents; between two yield `joiner`, a string or None.
+def read_documents(files, tokenizer):
+    """Yield the blocks of all documents; between two yield None, or a newline for char.
 
     A document is a file, or a line's `text` in a .jsonl or .jsonl.gz file.
     """
+    joiner = '\n' if tokenizer == 'char' else None
     for path in files:
         if path != files[0]:
             yield joiner
@@ -284,14 +294,6 @@ def read_documents(files, joiner):
             yield from read_json_lines(path, joiner)
         else:
             yield from read_text(path)
-
-
-def digest_of(files):
-    """The SHA-256 of the contents of UTF-8 files, one after the other."""
-    digest = hashlib.sha256()
-    for text in itertools.chain.from_iterable(map(read_text, files)):
-        digest.update(text.encode())
-    return digest.hexdigest()
 
 
 def split_at(cut, blocks):
@@ -449,10 +451,12 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     """
     if vocab_size and tokenizer != 'bpe':
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
-    began, total, size, found = time.time(), 0, 0, set()
-    files, joiner = find_files(input), '\n' if tokenizer == 'char' else None
-    for block in read_documents(files, joiner):  # a first reading, because the cut needs the length
-        total, size = total + len(block or ''), size + len((block or '').encode('utf-8'))
+    began, files, digest = time.time(), find_files(input), hashlib.sha256()
+    total, size, found = 0, 0, set()
+    for block in read_documents(files, tokenizer):  # a first reading, because the cut needs the length
+        data = (block or '').encode()
+        total, size = total + len(block or ''), size + len(data)
+        digest.update(data)
         if tokenizer == 'char':
             found.update(block)
     cut = int(total * (1 - val_fraction))
@@ -462,17 +466,17 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
         share = min(200e6 / size, 1)  # of the text's bytes, 200 MB at most
         ids = vocab_size or (1024 if size < 400_000 else 2048 if size < 1_600_000 else 4096)
         print(f'learning {ids:,} ids from {size * share / 1e6:,.1f} MB of text', file=sys.stderr)
-        pairs = split_at(cut, read_documents(files, None))
+        pairs = split_at(cut, read_documents(files, tokenizer))
         known = learn_tokenizer((block for split, block in pairs if split == 'train'), share, ids)
     tok = get_tokenizer(known or {'name': tokenizer, 'characters': found})
     tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
 
-    folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, joiner))
+    folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, tokenizer))
     with replacing_files(folder, ('train.bin', 'meta.json', 'val.bin')) as new:
         if not replace and os.path.exists(f'{folder}/train.bin'):
             raise ValueError(f'{folder}: another process has just prepared it; start again')
         written = write_splits(new, tok, pairs, special_tokens, size)
-        source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest_of(files),
+        source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
                   'bytes': sum(map(os.path.getsize, files))}
         meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
                 'special_tokens': special_tokens,
@@ -553,7 +557,10 @@ def check_data(dataset, meta, wanted):
     for key, value in wanted.items():
         same = has.get(key) in (value, None)  # None: nanoGPT's data, which do not say
         if key == 'input' and has['input']:
-            same = digest_of(find_files(value)) == meta['source']['sha256']
+            digest = hashlib.sha256()
+            for block in read_documents(find_files(value), has['tokenizer']):
+                digest.update((block or '').encode())
+            same = digest.hexdigest() == meta['source']['sha256']
         if not same:
             raise ValueError(f'data/{dataset}: {key} {has[key]} differs from {value}; name another dataset')
 
