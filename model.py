@@ -541,27 +541,27 @@ class GPT(nn.Module):
     def steps(self, idx, max_new_tokens, options, num_samples, seed, context, compile, drafts):
         """generate()'s ids (B,), on the model's device; options are choose()'s."""
         window = min(context or self.trained_context, self.config.block_size)
-        T, device = min(idx.size(1), window), self.wpe.weight.device
-        idx, prompt_of = idx.to(device), torch.arange(len(idx), device=device).repeat_interleave(num_samples)
-        text = idx[prompt_of]  # (B, T)
-        uniforms = uniform_numbers(len(text), seed, device)
-        positions = min(window, T + max_new_tokens)
-        drafts = drafts if len(text) == 1 and device.type == 'cpu' else None  # a CUDA graph runs one id alone
-        lazy = drafts and self not in TRACES  # a trace takes as long as the passes of a text known by heart
-        written = passes = 0
+        idx = idx.to(self.wpe.weight.device)
+        text = idx.repeat_interleave(num_samples, dim=0)  # (B, T)
+        uniforms = uniform_numbers(len(text), seed, idx.device)
+        T, positions = min(idx.size(1), window), min(idx.size(1) + max_new_tokens, window)
+        drafts = drafts if len(text) == 1 and idx.is_cpu else None  # a CUDA graph runs one id alone
+        step, drafted = self.next_logits, []
+        # passes before a trace, which takes as long as the passes of a text known by heart
+        untraced = 8 if drafts and self not in TRACES else 0
         with borrowed_graph(self, len(text), positions, options, compile, max_new_tokens) as graph:
             cache = graph.cache if graph else self.new_cache(len(text), positions)
-            step = self.next_logits if lazy else fast_step(self, cache, max_new_tokens, compile)
             # which ids (B, V) a text holds
             seen = graph.seen if graph else text.new_zeros(len(text), self.config.vocab_size).bool()
             seen.zero_().scatter_(1, text, True)
-            while written < max_new_tokens:
-                room = min(window - T, max_new_tokens - written) - 1 if written else 0
-                drafted = drafts.propose(text[0], room) if drafts else []
-                if written == 0:  # each prompt runs once, then is copied to its texts
-                    logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])[prompt_of]
+            for written in range(max_new_tokens):
+                if drafted and ids.item() == drafted.pop(0):  # this draft is in the cache already
+                    logits, T = logits[:, 1:], T + 1
+                elif written == 0:  # each prompt runs once, then is copied to its texts
+                    logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])
+                    logits = logits.repeat_interleave(num_samples, dim=0)
                     for kv in cache:
-                        kv[:, :, :, :T] = kv[:, prompt_of, :, :T]
+                        kv[:, :, :, :T] = kv[:, :len(idx), :, :T].repeat_interleave(num_samples, dim=1)
                         if graph:  # what an earlier text left is masked, but 0 times inf would be nan
                             kv[:, :, :, T:] = 0
                 elif T == window:
@@ -570,20 +570,18 @@ class GPT(nn.Module):
                 elif graph:
                     logits, ids, T = None, graph.step(ids, T, next(uniforms)), T + 1
                 else:
-                    if lazy and passes == 8:
+                    if untraced == 0:
                         step = fast_step(self, cache, max_new_tokens - written, compile)
-                    new = ids.new_tensor([drafted] * len(ids)).clamp(max=self.config.vocab_size - 1)
-                    logits = step(torch.cat((ids[:, None], new), dim=1), cache, T)
-                    T, passes = T + 1, passes + 1
-                for position, draft in zip([None] if logits is None else logits.unbind(1), [*drafted, None]):
-                    if position is not None:  # a graph chooses by itself
-                        ids = choose(position, next(uniforms), *options, seen)
-                        seen.scatter_(1, ids[:, None], True)
-                    text, written = torch.cat((text, ids[:, None]), dim=1), written + 1
-                    yield ids
-                    if draft is None or ids.item() != draft:
-                        break
-                    T += 1  # the draft is in the cache already
+                    room = min(window - T, max_new_tokens - written) - 1
+                    drafted = drafts.propose(text[0], room) if drafts else []
+                    new = torch.cat((ids[:, None], ids.new_tensor([drafted] * len(ids))), dim=1)
+                    logits = step(new.clamp(max=self.config.vocab_size - 1), cache, T)
+                    T, untraced = T + 1, untraced - 1
+                if logits is not None:  # a graph chooses by itself
+                    ids = choose(logits[:, 0], next(uniforms), *options, seen)
+                    seen.scatter_(1, ids[:, None], True)
+                text = torch.cat((text, ids[:, None]), dim=1)
+                yield ids
 
 
 def uniform_numbers(texts, seed, device):
@@ -728,12 +726,12 @@ def one_line(error):
 def fast_step(model, cache, steps, compile='auto'):
     """A function step(ids (B, T), cache, position) -> logits (B, T, V), for the next `steps` steps.
 
-    It is next_logits; or on a CPU, with compile 'True' and with 'auto' from 64 steps on, its trace, without
+    It is next_logits; or on a CPU, with compile 'True' and with 'auto' from 63 steps on, its trace, without
     Python between its operators (made in 0.3 s for GPT-2 small in int8). Large float matrices are not traced:
     TorchScript cannot record oneDNN's product.
     """
     large = not model.config.quantized and 4 * model.config.n_embd**2 >= SMALL_MATRIX
-    if compile == 'False' or large or cache[0].device.type != 'cpu' or compile == 'auto' and steps < 64:
+    if compile == 'False' or large or cache[0].device.type != 'cpu' or compile == 'auto' and steps < 63:
         return model.next_logits
     return or_none(trace, model, cache) or model.next_logits
 
