@@ -410,7 +410,7 @@ class GPT(nn.Module):
         self.config = config
         self.trained_context = config.block_size  # longest window it was trained on, in tokens
         self.gradient_checkpointing = False  # save memory: run each block's forward again in backward
-        self.compiled_steps = False  # a CUDA graph's step runs the compiled blocks, see Graph
+        self.compiled_steps = False  # a CUDA graph's step runs the compiled blocks, see graph_of()
         V, C = config.padded_vocab_size, config.n_embd
         self.wte = LAYERS[config.quantized](C, V, bias=False) if config.quantized else nn.Embedding(V, C)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -550,10 +550,10 @@ class GPT(nn.Module):
         # passes before a trace, which takes as long as the passes of a text known by heart
         untraced = 8 if drafts and self not in TRACES else 0
         with borrowed_graph(self, len(text), positions, options, compile, max_new_tokens) as graph:
-            cache = graph.cache if graph else self.new_cache(len(text), positions)
+            cache, seen, replay = graph or (self.new_cache(len(text), positions), None, None)
             # which ids (B, V) a text holds
-            seen = graph.seen if graph else text.new_zeros(len(text), self.config.vocab_size).bool()
-            seen.zero_().scatter_(1, text, True)
+            seen = text.new_zeros(len(text), self.config.vocab_size).bool() if seen is None else seen.zero_()
+            seen.scatter_(1, text, True)
             for written in range(max_new_tokens):
                 if drafted and ids.item() == drafted.pop(0):  # this draft is in the cache already
                     logits, T = logits[:, 1:], T + 1
@@ -568,7 +568,7 @@ class GPT(nn.Module):
                     T = max(window // 2, 1)
                     logits = self.next_logits(text[:, -T:], cache)
                 elif graph:
-                    logits, ids, T = None, graph.step(ids, T, next(uniforms)), T + 1
+                    logits, ids, T = None, replay(ids, T, next(uniforms)), T + 1
                 else:
                     if untraced == 0:
                         step = fast_step(self, cache, max_new_tokens - written, compile)
@@ -786,26 +786,23 @@ def capture(run, *inputs):
     return replay
 
 
-class Graph:
-    """A step of fixed shapes as a CUDA graph, with the cache and the buffers whose addresses it has."""
+@torch.inference_mode(False)  # tensors made in a caller's inference_mode could not be written outside it
+def graph_of(model, texts, positions, options, compile):
+    """(cache, seen, step): a step of fixed shapes as a CUDA graph, and the buffers whose addresses it has."""
+    if compile == 'True' and not model.compiled_steps:
+        model.compile(dynamic=False)
+        model.compiled_steps = True
+    cache = model.new_cache(texts, positions)
+    ids = torch.zeros(texts, dtype=torch.long, device=cache[0].device)
+    seen = ids.new_zeros(texts, model.config.vocab_size, dtype=torch.bool)
 
-    @torch.inference_mode(False)  # tensors made in a caller's inference_mode could not be written outside it
-    def __init__(self, model, texts, positions, options, compile):
-        if compile == 'True' and not model.compiled_steps:
-            model.compile(dynamic=False)
-            model.compiled_steps = True
-        self.cache = model.new_cache(texts, positions)
-        ids = torch.zeros(texts, dtype=torch.long, device=self.cache[0].device)
-        self.seen = ids.new_zeros(texts, model.config.vocab_size, dtype=torch.bool)
-
-        @torch.inference_mode()
-        def step(ids, position, uniform):
-            """The ids (B,) that choose() takes after ids (B,) at position (1,)."""
-            logits = model.next_logits(ids[:, None], self.cache, position)
-            ids = choose(logits[:, 0], uniform, *options, self.seen)
-            self.seen.scatter_(1, ids[:, None], True)
-            return ids
-        self.step = capture(step, ids, ids[:1].clone(), ids.float())
+    @torch.inference_mode()
+    def step(ids, position, uniform):
+        """The ids (B,) that choose() takes after ids (B,) at position (1,)."""
+        ids = choose(model.next_logits(ids[:, None], cache, position)[:, 0], uniform, *options, seen)
+        seen.scatter_(1, ids[:, None], True)
+        return ids
+    return cache, seen, capture(step, ids, ids[:1].clone(), ids.float())
 
 
 GRAPHS = weakref.WeakKeyDictionary()  # for each model, its idle graphs by what they were made for
@@ -813,7 +810,7 @@ GRAPHS = weakref.WeakKeyDictionary()  # for each model, its idle graphs by what 
 
 @contextlib.contextmanager
 def borrowed_graph(model, texts, positions, options, compile, steps):
-    """A Graph for `steps` steps, or None on a CPU and with compile 'False'; 'auto' takes it from 16 steps on.
+    """What graph_of() gives, or None on a CPU, with compile 'False', and with 'auto' for under 16 `steps`.
 
     It is made in 20 ms, or with compile 'True', which compiles the blocks too, in 20 s. Idle ones of the last
     kind asked for are kept; they hold a cache each.
@@ -829,7 +826,7 @@ def borrowed_graph(model, texts, positions, options, compile, steps):
             kept.clear()
         idle = kept.setdefault(kind, [])
         graph = idle.pop() if idle else None
-    graph = graph or or_none(Graph, *made_for)
+    graph = graph or or_none(graph_of, *made_for)
     try:
         yield graph
     finally:
