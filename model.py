@@ -745,12 +745,9 @@ def trace(model, cache):
     if texts not in traces:
         example = torch.zeros(texts, 1, dtype=torch.long), cache, torch.tensor(cache[0].size(3) - 1)
         warnings.filterwarnings('ignore', category=torch.jit.TracerWarning)  # sizes that become constants
-        traces[texts] = torch.jit.trace_module(model, {'next_logits': example}, check_trace=False)
-
-    @torch.inference_mode()
-    def step(ids, cache, position):
-        return traces[texts].next_logits(ids, cache, torch.tensor(position))
-    return step
+        traces[texts] = torch.jit.trace_module(model, {'next_logits': example}, check_trace=False).next_logits
+    run = torch.inference_mode()(traces[texts])
+    return lambda ids, cache, position: run(ids, cache, torch.tensor(position))
 
 
 # Streams of a device that no living graph was captured on. They are used again, because each keeps a
