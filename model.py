@@ -1005,20 +1005,18 @@ def find(path):
     in Hugging Face's format; or the newest run in its subfolders. Raises FileNotFoundError if there is none.
     """
     path = download(os.fspath(path))
-    if os.path.isfile(path):
-        return path
     names = os.listdir(path) if os.path.isdir(path) else []
     here = [os.path.join(path, name) for name in ('model.pt', 'ckpt.pt') if name in names]
     if here:
         return max(here, key=lambda file: step_of(file, os.path.getmtime(file)))
-    if 'config.json' in names and any(re.match(r'pytorch_model|.*\.safetensors', name) for name in names):
+    weights = any(re.match(r'pytorch_model|.*\.safetensors', name) for name in names)
+    if os.path.isfile(path) or 'config.json' in names and weights:
         return path
     runs = [os.path.join(path, name, file) for name in names for file in ('model.pt', 'ckpt.pt')]
     newest = max(filter(os.path.exists, runs), key=os.path.getmtime, default=None)
     if newest:
         return find(os.path.dirname(newest))
-    raise FileNotFoundError(f'{path}: no such model file or folder with one; name another, or make one in '
-                            'a minute with python train.py config/quickstart.py')
+    raise FileNotFoundError(f'{path}: no such model file; name another, or run train.py config/quickstart.py')
 
 
 def download(path):
