@@ -977,12 +977,11 @@ def read(path, check=True):
         with zipfile.ZipFile(path) as file:
             if check and file.testzip():
                 raise zipfile.BadZipFile
-        contents = torch.load(path, map_location='cpu', mmap=not check, weights_only=True)
+        contents = dict(torch.load(path, map_location='cpu', mmap=not check, weights_only=True))
     except Exception as error:  # damaged pickles raise nearly everything there is
         if isinstance(error, (OSError, MemoryError)) or "can't allocate" in str(error):
             raise
         raise ValueError(f'{path}: damaged, or not plain tensors and values; name another') from None
-    contents = contents if isinstance(contents, dict) else {}
     if 'model_args' in contents:
         return from_nanogpt(contents, path)
     if (version := contents.get('format_version')) != FORMAT_VERSION:

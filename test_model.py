@@ -1269,7 +1269,10 @@ def test_read_refuses_damaged_files(gpt, tmp_path):
         with pytest.raises(ValueError, match='model.pt: damaged'):
             load(path)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match='format version'):
+    with pytest.raises(ValueError, match='model.pt: damaged, or not plain'):
+        load(path)
+    torch.save({**contents, 'format_version': 0}, path)
+    with pytest.raises(ValueError, match='format version 0'):
         load(path)
     torch.save({**contents, 'config': dict(SMALL, n_embd=64)}, path)
     with pytest.raises(ValueError, match='do not fit'):
