@@ -1095,21 +1095,20 @@ def from_hugging_face(folder):
     Raises ValueError for another network or vocabulary, and for weights that are missing or not finite.
     """
     try:
-        import transformers
-        transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-        transformers.logging.disable_progress_bar()
-        said = transformers.AutoConfig.from_pretrained(folder)
+        from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel, logging
+        logging.set_verbosity(logging.CRITICAL)
+        logging.disable_progress_bar()
+        said = AutoConfig.from_pretrained(folder)
         for key, values in NETWORK.items():
             if getattr(said, key, values[0]) not in values:
                 raise ValueError(f'{key} is {getattr(said, key)!r}, where a GPT-2 has {values[0]!r}')
         facts = getattr(said, 'folio', {'tokenizer': GPT2, 'config': {'bias': True}})  # of quantize.py
-        words = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()  # no tokenizer: one word
+        words = AutoTokenizer.from_pretrained(folder).get_vocab()  # no tokenizer: one word
         tokens = '\n'.join(sorted(words, key=words.get)[:50256]).encode()
         same = len(words) < 3 or hashlib.sha256(tokens).hexdigest() == GPT2_VOCABULARY
         if facts['tokenizer'] == GPT2 and not (same and 50257 <= said.vocab_size <= 50304):
             raise ValueError(f"its {said.vocab_size:,} tokens are not GPT-2's")
-        theirs, info = transformers.GPT2LMHeadModel.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True)
+        theirs, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         for name in info['missing_keys'] | info['mismatched_keys']:  # which it fills with random numbers
             raise ValueError(f'{name} is missing, or of another shape')
         if not torch.equal(theirs.lm_head.weight, theirs.transformer.wte.weight):
