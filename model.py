@@ -449,13 +449,12 @@ class GPT(nn.Module):
             raise ValueError(f'{T} positions, and the model has {self.config.block_size}; shorten the window')
         positions = start + torch.arange(T, device=idx.device)
         x = self.wte.rows(idx) if self.config.quantized else self.wte(idx)  # (B, T, C)
-        x = x + self.wpe(positions)
+        x = F.dropout(x + self.wpe(positions), self.config.dropout, is_learning(self))
         static = isinstance(start, torch.Tensor) and start.dim()
         where, end = (positions, cache[0].size(3)) if static else (slice(start, start + T), start + T)
         if isinstance(start, torch.Tensor) or start and T > 1:
             later = torch.arange(end, device=idx.device) > positions[:, None]
             mask = x.new_zeros(later.shape).masked_fill(later, -math.inf)  # (T, S)
-        x = F.dropout(x, self.config.dropout, is_learning(self))
         again = self.gradient_checkpointing and is_learning(self)
         for block, kv in zip(self.h, cache or [None] * len(self.h)):
             # a compiled block would be compiled again for each length of a text
