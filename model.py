@@ -941,8 +941,7 @@ def replacing(path):
             os.fsync(folder)
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises a RuntimeError after an OSError
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, 'strerror', None) or 'the disk may be full'
+        reason = getattr(error, 'strerror', getattr(error.__context__, 'strerror', 'the disk may be full'))
         raise OSError(f'{path} could not be written ({reason}); what is there is whole') from None
     finally:
         with contextlib.suppress(OSError):  # it is not there after a rename
