@@ -618,11 +618,10 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
         return logits.argmax(dim=-1)
     logits, ids = filter_logits(logits, temperature, top_k, top_p, min_p)
     device = 'cpu' if logits.is_mps else logits.device  # MPS has no float64
-    probs = logits.softmax(dim=-1).to(device)
     # in float64 uniform · sum stays below the sum, so the search always ends at an id with a probability
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    cumulative = logits.softmax(dim=-1).to(device).cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None].to(device) * cumulative[:, -1:]
-    choice = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.size(1) - 1)
+    choice = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.size(1) - 1)
     return (choice if ids is None else ids.gather(1, choice.to(ids.device)))[:, 0].to(logits.device)
 
 
