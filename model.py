@@ -1125,8 +1125,7 @@ def from_nanogpt(contents, path):
     """read()'s contents for a nanoGPT checkpoint. Raises ValueError if its vocabulary is not GPT-2's."""
     said = contents['model_args']
     if not 50257 <= said['vocab_size'] <= 50304:
-        raise ValueError(f"{path}: nanoGPT's, with {said['vocab_size']:,} tokens that are not GPT-2's "
-                         'and that it does not name; train it again with folio')
+        raise ValueError(f"{path}: has {said['vocab_size']:,} tokens that are not GPT-2's; name another")
     config = GPTConfig(**{**said, 'vocab_size': 50257, 'dropout': 0.0})
     weights = {re.sub(r'^(_orig_mod\.)?transformer\.', '', name): w for name, w in contents['model'].items()
                if not name.endswith('lm_head.weight')}
