@@ -704,7 +704,7 @@ class Index:
         return len(starts) > 0
 
 
-CAPTURING = threading.Lock()  # captures, traces and empty models are made one at a time in a process
+CAPTURING = threading.RLock()  # captures, traces and empty models are made one at a time in a process
 
 
 def or_none(make, *args):
@@ -820,8 +820,7 @@ def borrowed_graph(model, texts, positions, options, compile, steps):
         if kind not in kept:
             kept.clear()
         idle = kept.setdefault(kind, [])
-        graph = idle.pop() if idle else None
-    graph = graph or or_none(graph_of, *made_for)
+        graph = idle.pop() if idle else or_none(graph_of, *made_for)
     try:
         yield graph
     finally:
