@@ -609,11 +609,13 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
            seen=None):
     """Sample ids (B,) from logits (B, V) by inverse transform: uniform (B,) holds a number in [0, 1) a row.
 
-    temperature 0 takes the likeliest id. repetition_penalty applies to the ids seen (B, V). For top_k,
-    top_p and min_p see filter_logits().
+    temperature 0 takes the likeliest id. repetition_penalty divides the logits of the ids seen (B, V), in
+    prompt and text alike, and multiplies the negative ones; it is CTRL's (https://arxiv.org/abs/1909.05858),
+    as in Hugging Face. For top_k, top_p and min_p see filter_logits().
     """
     if repetition_penalty != 1:
-        logits = penalize(logits, seen, repetition_penalty)
+        less_likely = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+        logits = logits.where(~seen, less_likely)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = filter_logits(logits, temperature, top_k, top_p, min_p)
@@ -623,14 +625,6 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
     target = uniform[:, None].to(device) * cumulative[:, -1:]
     choice = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.size(1) - 1)
     return (choice if ids is None else ids.gather(1, choice.to(ids.device)))[:, 0].to(logits.device)
-
-
-def penalize(logits, seen, penalty):
-    """Logits (B, V) with the ids seen (B, V) less likely: divided by the penalty, multiplied if negative.
-
-    CTRL's (https://arxiv.org/abs/1909.05858), for prompt and text alike, as in Hugging Face.
-    """
-    return logits.where(~seen, torch.where(logits < 0, logits * penalty, logits / penalty))
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):

@@ -44,7 +44,7 @@ import config
 import model
 import train
 from model import (GPT, GPTConfig, HeadLoss, Int4Linear, Int8Linear, build, choose, filter_logits, find, load,
-                   penalize, read, save, split_loss)
+                   read, save, split_loss)
 from prepare import (CharTokenizer, FolderLock, TextStream, bits_per_nat, cut_exactly, get_tokenizer,
                      learn_tokenizer, load_data, prepare, replacing_files, stream_texts)
 from quantize import convert, write_hugging_face
@@ -864,14 +864,19 @@ def test_filter_logits_keeps_the_fewest_that_reach_top_p(top_p, kept):
     dict(min_p=1.0),
     dict(repetition_penalty=1.3),
     dict(temperature=2.0, top_k=300, top_p=0.8, min_p=0.01, repetition_penalty=0.8)], ids=str)
-def test_filter_logits_equals_hugging_face(settings):
+def test_choose_filters_logits_as_hugging_face(settings, monkeypatch):
     theirs = pytest.importorskip('transformers.generation.logits_process', reason='pip install transformers')
     torch.manual_seed(0)
     logits, idx = 3 * torch.randn(16, 1100), torch.randint(1100, (16, 40))
-    settings = dict(settings)
-    penalty, temperature = settings.pop('repetition_penalty', 1.0), settings.get('temperature', 1.0)
-    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, idx, True)
-    ours, ids = filter_logits(penalize(logits, seen, penalty), **settings)
+    penalty, temperature = settings.get('repetition_penalty', 1.0), settings.get('temperature', 1.0)
+    seen, filtered = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, idx, True), []
+
+    def spy(*args):
+        filtered.append(filter_logits(*args))
+        return filtered[-1]
+    monkeypatch.setattr(model, 'filter_logits', spy)
+    choose(logits, torch.rand(16), **settings, seen=seen)
+    (ours, ids), = filtered
     if ids is not None:
         ours = torch.full_like(logits, -math.inf).scatter(1, ids, ours)
     expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(idx, logits)
