@@ -216,6 +216,11 @@ class Int8Linear(nn.Module):
         return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
 
 
+def halves(weight):
+    """The 4-bit numbers (…, C) in bytes (…, C / 2), the low half first."""
+    return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
+
+
 class Int4Linear(nn.Module):
     """A linear layer or a token table with 4-bit weights q and a scale for each group of a row.
 
@@ -252,14 +257,9 @@ class Int4Linear(nn.Module):
         q = (w / torch.where(scale == 0, 1, scale)).round_().clamp_(-8, 7).add_(8).flatten(1).to(torch.uint8)
         return q[:, ::2] | q[:, 1::2] << 4, scale[..., 0].bfloat16()
 
-    @staticmethod
-    def halves(weight):
-        """The q (…, C) in bytes (…, C / 2)."""
-        return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(-2)
-
     def rows(self, idx=slice(None)):
         """Rows idx of the weights as floats (…, C)."""
-        q = self.halves(self.weight[idx]).to(self.scale.dtype).unflatten(-1, (-1, self.GROUP)) - 8
+        q = halves(self.weight[idx]).to(self.scale.dtype).unflatten(-1, (-1, self.GROUP)) - 8
         return (q * self.scale[idx][..., None]).flatten(-2)[..., :self.shape[1]]
 
     def pack(self, table=False):
@@ -275,8 +275,8 @@ class Int4Linear(nn.Module):
             return layer.pack(table)
         pad = (0, 0, 0, -self.shape[0] % 16)
         weight, scale = F.pad(self.weight, pad, value=0x88), F.pad(self.scale, pad).t()
-        self.packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(self.halves(part).int(), 1)
-                                 for part in weight.split(4096)])
+        pack = torch._convert_weight_to_int4pack_for_cpu
+        self.packed = torch.cat([pack(halves(part).int(), 1) for part in weight.split(4096)])
         self.scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1).bfloat16().contiguous()
         return self
 
