@@ -651,6 +651,11 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return logits, ids
 
 
+def runs_of_four(ids):
+    """Each four ids in a row as a uint64 (n - 3,), the last id highest: sorted by their ends."""
+    return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(ids, 4)).view('<u8')[:, 0]
+
+
 class Index:
     """Finds where a text's last ids stand in a corpus, an array of ids (n ≥ 4,), and what follows there.
 
@@ -659,14 +664,9 @@ class Index:
     """
     def __init__(self, ids):
         self.ids, self.passes = np.asarray(ids[:10**7], dtype='<u2'), 0
-        keys = self.runs(self.ids)
+        keys = runs_of_four(self.ids)
         order = keys.argsort(kind='stable')
         self.keys, self.ends = keys[order], (order + 4).astype(np.uint32)
-
-    @staticmethod
-    def runs(ids):
-        """Each four ids in a row as a uint64 (n - 3,), the last id highest: sorted by their ends."""
-        return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(ids, 4)).view('<u8')[:, 0]
 
     def propose(self, text, most):
         """At most `most` ids that follow where the corpus matches the end of a text (T,) for longest.
@@ -677,7 +677,7 @@ class Index:
         self.passes += 1
         last = np.zeros(32, dtype='<u2')
         last[-len(text):] = text[-32:].tolist()
-        near = self.keys.searchsorted(self.runs(last[-4:])[0])
+        near = self.keys.searchsorted(runs_of_four(last[-4:])[0])
         ends = self.ends[max(near - 4, 0):near + 60].astype(np.int64)  # equal ones stand from `near` on
         same = self.ids[np.maximum(ends[:, None] - np.arange(1, 33), 0)] == last[::-1]
         lengths = same.cumprod(axis=1).sum(axis=1)
@@ -689,7 +689,7 @@ class Index:
     def holds(self, run):
         """Whether a run of ids (n,), 4 <= n <= 32, stands anywhere in the corpus."""
         run = np.array(run, dtype='<u2')
-        first, last = (self.keys.searchsorted(self.runs(run), side) for side in ('left', 'right'))
+        first, last = (self.keys.searchsorted(runs_of_four(run), side) for side in ('left', 'right'))
         rarest = (last - first).argmin()
         starts = self.ends[first[rarest]:last[rarest]].astype(np.int64) - 4 - rarest
         starts = starts[(starts >= 0) & (starts <= len(self.ids) - len(run))]
