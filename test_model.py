@@ -2259,7 +2259,7 @@ def test_train_keeps_the_last_checkpoint_when_it_blows_up(folder):
     args = ['--learning_rate=999', '--min_lr=999', '--warmup_iters=0', '--grad_clip=0', '--weight_decay=900',
             '--max_iters=4000', '--checkpoint_interval=1', '--log_interval=0', '--eval_interval=0']
     process = run('train.py', *TINY_RUN, '--out_dir=out/nan', *args, cwd=folder)
-    one_line(process, 1, 'blown up', '--learning_rate')
+    one_line(process, 1, 'diverged', '--learning_rate')
     assert all(p.isfinite().all() for p in read(folder / 'out/nan/ckpt.pt')['model'].values())
 
 

@@ -359,9 +359,8 @@ if __name__ == '__main__':
 
     agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # outlives a restart
     restarts, nodes = (os.environ.get(name) for name in ('TORCHELASTIC_MAX_RESTARTS', 'GROUP_WORLD_SIZE'))
-    if agent_store and nodes != '1' and restarts != '0':
-        fail('nodes would not meet again, because each counts its own restarts; start torchrun with '
-             'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv-backend=c10d, or with --max-restarts=0', 2)
+    if agent_store and nodes != '1' and restarts != '0':  # each node counts its own restarts
+        fail('nodes could not meet again: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or --max-restarts=0', 2)
 
     # -- the data --------------------------------------------------------------------------------------------
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
@@ -379,9 +378,8 @@ if __name__ == '__main__':
     train_tokens, val_tokens, data_meta = load_data(dataset)
     here = repr((start, source.get('step', 0), settings, data_meta))
     if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first to come sets it
-        fail(f"rank {rank} has other settings, another run in {out_dir} ({start}, step "
-             f"{source.get('step', 0):,}) or other data in data/{dataset} than the first rank to start; give "
-             'all nodes one command and the same folders')
+        fail(f'rank {rank} has other settings, another run in {out_dir} or other data in data/{dataset} than '
+             'the first rank; give all nodes one command and the same folders')
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
         chosen = settings_for(len(train_tokens), n_embd)
         merge(settings, globals(), {key: chosen[key] for key in chosen if not settings[key]}, (), '')
@@ -478,8 +476,7 @@ if __name__ == '__main__':
         # a checkpoint has weights and up to two averages in float32; a new one is written beside the old one
         free, need = shutil.disk_usage(out_dir).free, 2 * 12 * raw_model.num_params()
         if free + sum(map(os.path.getsize, there)) < need:
-            fail(f'{out_dir}: {free / 1e6:,.0f} MB are free, and checkpoints need {need / 1e6:,.0f} MB; make '
-                 'room, or name another --out_dir')
+            fail(f'{out_dir}: {free / 1e6:,.0f} MB are free, checkpoints need {need / 1e6:,.0f}; make room')
         for path in there if start != 'resume' else ():
             os.remove(path)
 
@@ -523,8 +520,8 @@ if __name__ == '__main__':
         pending.clear()
         for step, (loss, norm) in enumerate(values, state['step'] - len(values) + 1):
             if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
-                raise ValueError(f'loss {loss}, gradient norm {norm} at step {step}: the run has blown up; '
-                                 'go on from its last checkpoint with a lower --learning_rate')
+                raise ValueError(f'loss {loss}, gradient norm {norm} at step {step}: the run has diverged; '
+                                 'resume it with a lower --learning_rate')
             state.update(first_loss=state['first_loss'] or loss, best_loss=min(state['best_loss'], loss),
                          recent=(state['recent'] + [loss])[-min(epoch_steps, 100):], grad_norm=norm,
                          passed={str(mark): step for mark in milestones if loss < mark} | state['passed'],
