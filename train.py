@@ -134,20 +134,22 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
     return rates[schedule], beta1
 
 
-# training tokens from which on: layers, width, dropout, steps of 32 x 64 tokens
-SIZES = {1_000_000: (4, 128, 0.0, 2000), 150_000: (4, 192, 0.1, 1150), 0: (2, 128, 0.2, 300)}
+# training tokens from which on: layers, width, dropout, weight decay, steps of 32 x 64 tokens
+SIZES = {1_000_000: (4, 128, 0.0, 0.1, 2000), 150_000: (4, 192, 0.1, 0.1, 1150), 0: (2, 128, 0.2, 1.5, 400)}
 
 
 def settings_for(tokens, width=0):
     """Settings for a text of this many training tokens, which take up to seven minutes on two CPU cores.
 
-    A small text is read often, so it gets a small model and dropout (https://arxiv.org/abs/2305.16264). For a
-    large one the time is the limit: a wider model would see fewer tokens (https://arxiv.org/abs/2203.15556).
+    A small text is read often, so it gets a small model, dropout and a strong weight decay
+    (https://arxiv.org/abs/2305.16264). For a large one the time is the limit: a wider model would see fewer
+    tokens (https://arxiv.org/abs/2203.15556).
     """
-    n_layer, n_embd, dropout, steps = next(SIZES[least] for least in SIZES if tokens >= least)
+    n_layer, n_embd, dropout, decay, steps = next(SIZES[least] for least in SIZES if tokens >= least)
     width = width or n_embd
     n_head = math.gcd(width, max(width // 64, 1))
-    return dict(n_layer=n_layer, n_head=n_head, n_embd=width, block_size=64, dropout=dropout, max_iters=steps)
+    return dict(n_layer=n_layer, n_head=n_head, n_embd=width, block_size=64, dropout=dropout,
+                weight_decay=decay, max_iters=steps)
 
 
 # -- batches -------------------------------------------------------------------------------------------------
@@ -382,9 +384,10 @@ if __name__ == '__main__':
              'the first rank; give all nodes one command and the same folders')
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
         chosen = settings_for(len(train_tokens), n_embd)
-        merge(settings, globals(), {key: chosen[key] for key in chosen if not settings[key]}, (), '')
+        taken = {key: chosen[key] for key in chosen if not settings[key] or key == 'weight_decay'}
+        merge(settings, globals(), taken, (), '')
         print(f'chosen for {len(train_tokens):,} training tokens: {n_layer} layers, {n_head} heads, width '
-              f'{n_embd}, {block_size} positions, dropout {dropout}, {max_iters:,} steps')
+              f'{n_embd}, {block_size} positions, dropout {dropout}, decay {weight_decay}, {max_iters} steps')
     if seq_len > block_size:
         fail(f'--seq_len={seq_len}: the model has {block_size} positions, its block_size', 2)
     T, tok = seq_len or block_size, get_tokenizer(data_meta['tokenizer'])

@@ -7,7 +7,7 @@ out_dir = 'out/mine'
 dataset = 'mine'
 tokenizer = 'bpe'
 
-n_layer = 0  # 0: chosen by train.py from the number of training tokens
+n_layer = 0  # 0: chosen by train.py from the number of training tokens, and so are dropout and weight_decay
 n_head = 0
 n_embd = 0
 block_size = 0
