@@ -2084,7 +2084,7 @@ def test_gpt2_presets_fit_80_gb(size, parameters):
 
 
 @pytest.mark.parametrize('tokens, n_layer, dropout, weight_decay',
-                         [(5, 2, 0.2, 1.5), (150_000, 4, 0.1, 0.1), (10**9, 4, 0.0, 0.1)])
+                         [(5, 2, 0.2, 1.0), (150_000, 4, 0.1, 0.1), (10**9, 4, 0.0, 0.1)])
 def test_settings_for_a_text_of_any_size(tokens, n_layer, dropout, weight_decay):
     chosen = train.settings_for(tokens)
     GPTConfig(chosen['block_size'], 512, *(chosen[key] for key in ('n_layer', 'n_head', 'n_embd')))
@@ -2108,7 +2108,7 @@ def test_train_chooses_a_model_for_a_text_of_ones_own(folder, tmp_path):
         assert about['settings'][key] == value
     more = ['config/mine.py', '--init_from=out/mine', '--out_dir=out/more', '--max_minutes=1e-6']
     third = done(run('train.py', *more, cwd=tmp_path)).stdout  # the shape is the other model's
-    assert '2 layers, 2 heads, width 32, 64 positions, dropout 0.2, decay 1.5, ' in third
+    assert '2 layers, 2 heads, width 32, 64 positions, dropout 0.2, decay 1.0, ' in third
     assert f"{chosen['max_iters']} steps" in third
     best, last = (read(tmp_path / f'out/mine/{name}.pt') for name in ('best', 'model'))
     assert torch.equal(best['model']['wte.weight'], last['model']['wte.weight'])
