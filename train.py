@@ -316,7 +316,7 @@ if __name__ == '__main__':
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')
     errors = sys.stderr if master else sys.stdout
     files = {name: os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt', 'model.pt', 'log.csv')}
-    there = [path for path in files.values() if out_dir and os.path.exists(path)]
+    there = {path: os.path.getmtime(path) for path in files.values() if out_dir and os.path.exists(path)}
     resumable, start, replace = files['ckpt.pt'] in there, init_from, overwrite
     if start.split(':')[0] == 'auto':
         start = 'resume' if resumable else start[5:] or 'scratch'
@@ -471,10 +471,7 @@ if __name__ == '__main__':
     source = parent = kept = None  # frees their memory
     if master and out_dir:
         lock = FolderLock(out_dir)  # until the process ends
-        changed = there != [path for path in files.values() if os.path.exists(path)]
-        if start == 'resume':
-            changed = read(files['ckpt.pt'], check=False)['step'] != state['step']
-        if changed:
+        if there != {path: os.path.getmtime(path) for path in files.values() if os.path.exists(path)}:
             fail(f'{out_dir}: another run has just been there; start again, or name another --out_dir')
         # a checkpoint has weights and up to two averages in float32; a new one is written beside the old one
         free, need = shutil.disk_usage(out_dir).free, 2 * 12 * raw_model.num_params()
