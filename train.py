@@ -326,11 +326,9 @@ if __name__ == '__main__':
     # a 0 gives way to a checkpoint's or another model's value
     given.difference_update([key for key in (*shape[:4], 'max_iters') if not settings[key]])
     if start == 'resume':
-        if not resumable:
-            fail(f"{files['ckpt.pt']}: nothing to resume; leave out --init_from to start a run")
-        source = read(files['ckpt.pt'])
+        source = read(files['ckpt.pt']) if resumable else {'kind': ''}
         if source['kind'] != 'checkpoint':
-            fail(f"{files['ckpt.pt']}: not a checkpoint of train.py; name it with --init_from instead")
+            fail(f"{files['ckpt.pt']}: no checkpoint of a run: nothing to resume; leave out --init_from")
         given.update(('out_dir', 'init_from', 'overwrite'))  # this command's, never the checkpoint's
         fixed = (*shape, 'dataset', 'tokenizer', 'optimizer')
         merge(settings, globals(), source['settings'], fixed, f'the run in {out_dir}')
