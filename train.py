@@ -330,8 +330,7 @@ if __name__ == '__main__':
         if source['kind'] != 'checkpoint':
             fail(f"{files['ckpt.pt']}: no checkpoint of a run: nothing to resume; leave out --init_from")
         given.update(('out_dir', 'init_from', 'overwrite'))  # this command's, never the checkpoint's
-        fixed = (*shape, 'dataset', 'tokenizer', 'optimizer')
-        merge(settings, globals(), source['settings'], fixed, f'the run in {out_dir}')
+        merge(settings, globals(), source['settings'], (*shape, 'dataset', 'tokenizer', 'optimizer'), out_dir)
     elif there and not replace:
         fail(f"{', '.join(there)}: a run is already there; {'--init_from=resume goes on, ' * resumable}"
              '--overwrite replaces it, --out_dir=out/another keeps it')
