@@ -339,9 +339,8 @@ if __name__ == '__main__':
         if parent.config.quantized:
             fail(f"{source['path']}: {parent.config.quantized} cannot be trained; name the float model")
         print(f"{source['path']}: {parent.num_params():,} parameters, step {source['step']:,}", file=errors)
-        source['model'] = parent.state_dict()
-        kept = {key: getattr(parent.config, key) for key in shape}
-        kept['tokenizer'] = source['tokenizer']['name']
+        source.update(model=parent.state_dict(), data={'tokenizer': source['tokenizer']})
+        kept = {key: getattr(parent.config, key) for key in shape} | {'tokenizer': source['tokenizer']['name']}
         merge(settings, globals(), kept, kept, start)
     chip = pick_device(device)
     kind = chip.split(':')[0]
@@ -393,10 +392,8 @@ if __name__ == '__main__':
         config = GPTConfig(block_size, tok.vocab_size, n_layer, n_head, n_embd, dropout, bias)
     except ValueError as error:
         fail(error, 2)
-    if start == 'resume' and {**data_meta, **source['data']} != data_meta:  # an older checkpoint says less
-        fail(f'data/{dataset} is not what this run was trained on; prepare that, or take another --out_dir')
-    if source and source['tokenizer'] != data_meta['tokenizer']:
-        fail(f'data/{dataset} is not in the tokenizer of {start}; name another --dataset')
+    if {**data_meta, **source.get('data', {})} != data_meta:  # an older checkpoint says less
+        fail(f"data/{dataset} has not the model's text or tokenizer; prepare them again, or name another")
     if len(train_tokens) < T + 1:
         fail(f'data/{dataset}: {len(train_tokens)} training tokens, under seq_len {T} + 1; lower --seq_len')
     train = val = Windows(train_tokens, T, chip, seed, shift_windows)
