@@ -356,8 +356,8 @@ if __name__ == '__main__':
         fail(f'{ranks} ranks cannot share batch_size {batch_size}; make it a multiple of {ranks}', 2)
 
     agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # outlives a restart
-    restarts, nodes = (os.environ.get(name) for name in ('TORCHELASTIC_MAX_RESTARTS', 'GROUP_WORLD_SIZE'))
-    if agent_store and nodes != '1' and restarts != '0':  # each node counts its own restarts
+    # each node counts its own restarts
+    if agent_store and os.getenv('GROUP_WORLD_SIZE') != '1' and os.getenv('TORCHELASTIC_MAX_RESTARTS') != '0':
         fail('nodes could not meet again: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or --max-restarts=0', 2)
 
     # -- the data --------------------------------------------------------------------------------------------
@@ -365,8 +365,8 @@ if __name__ == '__main__':
         prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'),
                 replace=False)
     if ranks > 1:
-        day = datetime.timedelta(days=1)  # preparing a large corpus takes long
-        store = next(dist.rendezvous('env://', rank, ranks, timeout=day))[0]
+        # preparing a large corpus takes long
+        store = next(dist.rendezvous('env://', rank, ranks, timeout=datetime.timedelta(days=1)))[0]
         if agent_store:  # the prefix hides the last attempt's addresses
             store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
         store.set(f'rank {rank}', 'has its data')
