@@ -411,7 +411,7 @@ if __name__ == '__main__':
         os.environ.update(CUBLAS_WORKSPACE_CONFIG=':4096:8', TORCHINDUCTOR_DETERMINISTIC='1')
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
-    raw_model = GPT(config).to(chip)  # the one to save: DistributedDataParallel prefixes its names
+    model = raw_model = GPT(config).to(chip)  # to save: raw_model, for DistributedDataParallel prefixes names
     raw_model.trained_context = max(T, source.get('trained_context', 0))
     raw_model.gradient_checkpointing = gradient_checkpointing
     if source:
@@ -423,7 +423,6 @@ if __name__ == '__main__':
     rate = functools.partial(rate_at, steps=lr_decay_iters or max_iters, schedule=schedule, beta1=beta1,
                              peak=learning_rate, least=min_lr, warmup=warmup_iters)
     how = str(compute_dtype).removeprefix('torch.')
-    model = raw_model
 
     def learn(x, y):
         """The loss of a batch (B, T), as its share of the step's; adds its gradients, or writes them."""
