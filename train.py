@@ -12,7 +12,6 @@ $ torchrun --nproc_per_node=8 train.py config/shakespeare.py --init_from=auto --
 import time
 COMMAND_BEGAN = time.time()  # torch takes seconds to import
 
-import contextlib
 import datetime
 import functools
 import math
@@ -480,22 +479,19 @@ if __name__ == '__main__':
     unsaved = set(state['unsaved'] if state['step'] == state['best_val_step'] else ())
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
-    @contextlib.contextmanager
-    def tried(name):
-        """Go on if a file cannot be written: the next interval tries again."""
+    def tried(name, write, *args, **more):
+        """Write a file; if that fails, say so and go on: the next interval tries again."""
         unsaved.add(name)
         try:
-            yield
+            write(files[name], *args, **more)
             unsaved.remove(name)
         except OSError as error:
-            reason = f'{files[name]}: {error.strerror}' if error.errno else error
-            print(f"step {state['step']:,}: {reason}", file=errors)
+            print(f"step {state['step']:,}: {name}: {error}", file=errors)
 
     def keep(name, **more):
         """Write one of the run's model files; see save()."""
         if master and out_dir:
-            with tried(name):
-                save(files[name], config, raw_model.state_dict(), step=state['step'], **facts, **more)
+            tried(name, save, config, raw_model.state_dict(), step=state['step'], **facts, **more)
 
     def keep_checkpoint():
         state['unsaved'] = sorted(unsaved & {'best.pt'})  # a resumed run writes the others
@@ -532,18 +528,17 @@ if __name__ == '__main__':
         if master and out_dir:
             state['rows'].append({key: f'{cell:.6f}' if isinstance(cell, float) else str(cell)
                                   for key, cell in row.items()})
-            write_rows()
+            tried('log.csv', write_rows)
 
-    def write_rows():
+    def write_rows(path):
         """Append to log.csv the rows that are not there yet: the last one, and those before that failed."""
         if state['rows']:
-            with tried('log.csv'), open(files['log.csv'], 'a+', encoding='utf-8', newline='\n') as f:
+            with open(path, 'a+', encoding='utf-8', newline='\n') as f:
                 # cut off half a row, where the disk was full, and the rows after a resumed run's checkpoint
                 f.truncate(min(state['log_bytes'], f.tell()))
                 f.seek(0)
-                header = f.readline() or ','.join(state['rows'][0]) + '\n'
-                columns = header.count(',') + 1  # an older log has no val_bpb
-                rows = [','.join([*row.values()][:columns]) + '\n' for row in state['rows']]
+                header = f.readline() or ','.join(state['rows'][0]) + '\n'  # an older log has no val_bpb
+                rows = [','.join([*row.values()][:header.count(',') + 1]) + '\n' for row in state['rows']]
                 f.write((header if f.tell() == 0 else '') + ''.join(rows))  # one write for all
                 state['log_bytes'] = f.tell()  # which flushes first
                 state['rows'].clear()
@@ -666,7 +661,7 @@ if __name__ == '__main__':
 
     # -- the end: the last save, the losses of the whole splits, the file to deploy, the report --------------
     collect()
-    write_rows()
+    tried('log.csv', write_rows)
     keep_checkpoint()
     if ranks > 1:
         dist.barrier()  # torchrun ends all ranks when one leaves with an error, so the save comes first
