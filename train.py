@@ -451,7 +451,7 @@ if __name__ == '__main__':
     # -- the state of the run: all of it but weights and optimizers ------------------------------------------
     # logged_step is -1 for a run that starts from another model, so that step 0 is evaluated
     state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if source else 0, loss_sum=0.0, log_bytes=0,
-                 recent=[], rows=[], unsaved=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
+                 recent=[], rows=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
                  losses={}, best_val=math.inf, best_val_step=0, bad_evals=0)
     if start == 'resume':
         state.update(source['state'])
@@ -475,8 +475,8 @@ if __name__ == '__main__':
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
     caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; what agree() returned
-    # files that could not be written yet; best.pt only while its weights are still the model's
-    unsaved = set(state['unsaved'] if state['step'] == state['best_val_step'] else ())
+    # files to be written yet: at first best.pt, if a resumed run's weights are the best
+    unsaved = {'best.pt'} if state['losses'] and state['step'] == state['best_val_step'] else set()
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
     def tried(name, write, *args, **more):
@@ -494,7 +494,6 @@ if __name__ == '__main__':
             tried(name, save, config, raw_model.state_dict(), step=state['step'], **facts, **more)
 
     def keep_checkpoint():
-        state['unsaved'] = sorted(unsaved & {'best.pt'})  # a resumed run writes the others
         keep('ckpt.pt', kind='checkpoint', losses=state['losses'], settings=settings, data=data_meta,
              state=state, optimizers=[one.state_dict() for one in optimizers], scaler=scaler.state_dict())
 
