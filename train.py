@@ -588,14 +588,13 @@ if __name__ == '__main__':
 
     # -- the loop --------------------------------------------------------------------------------------------
     began, seconds, first_step = time.time(), state['seconds'], state['step']
-    intervals = log_interval, eval_interval, checkpoint_interval, sample_interval
+    rhythm = log_interval, eval_interval, checkpoint_interval, sample_interval, 10 * (loss_threshold > 0)
     last_time, last_tokens, signalled, over = began, state['tokens'], False, False
     on_signals(catch)
     while True:
         step, stop = state['step'], ''  # steps done, and why to stop
-        log, evaluation, saving, sampling = (every and step % every == 0 for every in intervals)
-        looking = loss_threshold > 0 and step % 10 == 0
-        if looking or log or evaluation or saving or sampling or signalled or over or step >= max_iters:
+        log, evaluation, saving, sampling, looking = due = [every and step % every == 0 for every in rhythm]
+        if any(due) or signalled or over or step >= max_iters:
             collect()
         now, mean = time.time(), sum(state['recent']) / max(len(state['recent']), 1)
         state['seconds'] = seconds + now - began
