@@ -331,8 +331,7 @@ if __name__ == '__main__':
         given.update(('out_dir', 'init_from', 'overwrite'))  # this command's, never the checkpoint's
         merge(settings, globals(), source['settings'], (*shape, 'dataset', 'tokenizer', 'optimizer'), out_dir)
     elif there and not replace:
-        fail(f"{', '.join(there)}: a run is already there; {'--init_from=resume goes on, ' * resumable}"
-             '--overwrite replaces it, --out_dir=out/another keeps it')
+        fail(f"{out_dir} has a run; set another --out_dir, {'--init_from=resume ' * resumable}or --overwrite")
     elif start != 'scratch':
         parent, source = load(start)
         if parent.config.quantized:
@@ -375,8 +374,7 @@ if __name__ == '__main__':
     train_tokens, val_tokens, data_meta = load_data(dataset)
     here = repr((start, source.get('step', 0), settings, data_meta))
     if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first to come sets it
-        fail(f'rank {rank} has other settings, another run in {out_dir} or other data in data/{dataset} than '
-             'the first rank; give all nodes one command and the same folders')
+        fail(f'rank {rank} has other settings, data or {out_dir} than the first; give all nodes the same')
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
         chosen = settings_for(len(train_tokens), n_embd)
         taken = {key: chosen[key] for key in chosen if not settings[key] or key == 'weight_decay'}
@@ -500,7 +498,7 @@ if __name__ == '__main__':
     def collect():
         """Bring the pending steps' losses and gradient norms from the device into the state.
 
-        This is the loop's only wait for the device. Raises ValueError if a loss or a norm is not finite; with
+        This is the loop's only wait for the device. Ends the process if a loss or a norm is not finite; with
         a loss scaler (float16) a norm may be infinite.
         """
         milestones = 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold
@@ -508,8 +506,7 @@ if __name__ == '__main__':
         pending.clear()
         for step, (loss, norm) in enumerate(values, state['step'] - len(values) + 1):
             if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
-                raise ValueError(f'loss {loss}, gradient norm {norm} at step {step}: the run has diverged; '
-                                 'resume it with a lower --learning_rate')
+                fail(f'loss {loss}, norm {norm}, step {step}: diverged; resume with a lower --learning_rate')
             state.update(first_loss=state['first_loss'] or loss, best_loss=min(state['best_loss'], loss),
                          recent=(state['recent'] + [loss])[-min(epoch_steps, 100):], grad_norm=norm,
                          passed={str(mark): step for mark in milestones if loss < mark} | state['passed'],
@@ -667,8 +664,7 @@ if __name__ == '__main__':
     on_signals(end)  # a signal now ends the process at once: all is saved
     if signalled or caught:
         number = signal.Signals(caught[0] if caught else signal.SIGTERM)
-        lost = not out_dir or 'ckpt.pt' in unsaved
-        saved = 'not saved' if lost else 'saved; go on with --init_from=resume'
+        saved = 'not saved' if not out_dir or 'ckpt.pt' in unsaved else 'saved; go on with --init_from=resume'
         print(f'\n{number.name} at step {step:,}: {saved}', file=errors)
         sys.exit(128 + number)
     if not master:
