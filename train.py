@@ -396,8 +396,7 @@ if __name__ == '__main__':
     train = val = Windows(train_tokens, T, chip, seed, shift_windows)
     if val_tokens is not None and len(val_tokens) > 1:  # nothing predicts the first token
         val = Windows(val_tokens, T, chip)
-    known_bytes = data_meta.get('bytes', {}).get('train' if val is train else 'val')
-    bits = bits_per_nat(val.tokens, tok, known_bytes)
+    bits = bits_per_nat(val.tokens, tok, data_meta.get('bytes', {}).get('train' if val is train else 'val'))
     epoch_steps = max(train.count // windows_per_step, 1)
 
     # -- the model and the optimizers ------------------------------------------------------------------------
