@@ -338,7 +338,7 @@ if __name__ == '__main__':
             fail(f"{source['path']}: {parent.config.quantized} cannot be trained; name the float model")
         print(f"{source['path']}: {parent.num_params():,} parameters, step {source['step']:,}", file=errors)
         source.update(model=parent.state_dict(), data={'tokenizer': source['tokenizer']})
-        kept = {key: getattr(parent.config, key) for key in shape} | {'tokenizer': source['tokenizer']['name']}
+        kept = {key: vars(parent.config)[key] for key in shape} | {'tokenizer': source['tokenizer']['name']}
         merge(settings, globals(), kept, kept, start)
     chip = pick_device(device)
     kind = chip.split(':')[0]
