@@ -311,9 +311,8 @@ if __name__ == '__main__':
     keep_freed_memory()
     rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # torchrun's
     master = rank == 0  # the rank that prints and writes
-    if not master:
-        sys.stdout = open(os.devnull, 'w', encoding='utf-8')
-    errors = sys.stderr if master else sys.stdout
+    errors = sys.stderr if master else open(os.devnull, 'w', encoding='utf-8')
+    sys.stdout = sys.stdout if master else errors
     files = {name: os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt', 'model.pt', 'log.csv')}
     there = {path: os.path.getmtime(path) for path in files.values() if out_dir and os.path.exists(path)}
     resumable, start, replace = files['ckpt.pt'] in there, init_from, overwrite
