@@ -364,8 +364,8 @@ if __name__ == '__main__':
     if ranks > 1:
         # preparing a large corpus takes long
         store = next(dist.rendezvous('env://', rank, ranks, timeout=datetime.timedelta(days=1)))[0]
-        if agent_store:  # the prefix hides the last attempt's addresses
-            store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+        # the prefix hides the last attempt's addresses
+        store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'] if agent_store else '', store)
         store.set(f'rank {rank}', 'has its data')
         store.wait(['rank 0'])
         backend, gpu = ('nccl', torch.device(chip)) if kind == 'cuda' else ('gloo', None)
