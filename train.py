@@ -520,8 +520,7 @@ if __name__ == '__main__':
         row = dict(step=step, loss=loss, grad_norm=state['grad_norm'], lr=f'{lr:.6e}', train_loss='',
                    val_loss='', tokens_per_s=speed, seconds=state['seconds'], val_bpb='') | losses
         if master and out_dir:
-            state['rows'].append({key: f'{cell:.6f}' if isinstance(cell, float) else str(cell)
-                                  for key, cell in row.items()})
+            state['rows'].append({key: f'{x:.6f}' if type(x) is float else str(x) for key, x in row.items()})
             tried('log.csv', write_rows)
 
     def write_rows(path):
