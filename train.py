@@ -599,11 +599,10 @@ if __name__ == '__main__':
             stop = f'loss {mean:.6f} under {loss_threshold}'
 
         if step > state['logged_step'] and (log or evaluation or stop):
-            losses = {}
-            if evaluation:
-                losses = {'train_loss': evaluate(train), 'val_loss': evaluate(val)}
-                if caught and ranks == 1:
-                    break  # a resumed run evaluates this step again
+            losses = {'train_loss': evaluate(train), 'val_loss': evaluate(val)} if evaluation else {}
+            if losses and caught and ranks == 1:
+                break  # a resumed run evaluates this step again
+            if losses:
                 losses['val_bpb'] = losses['val_loss'] * bits
                 judge(step, losses)
             if step:
