@@ -389,7 +389,7 @@ if __name__ == '__main__':
     except ValueError as error:
         fail(error, 2)
     if {**data_meta, **source.get('data', {})} != data_meta:  # an older checkpoint says less
-        fail(f"data/{dataset} has not the model's text or tokenizer; prepare them again, or name another")
+        fail(f"data/{dataset} has another text or tokenizer than the model; restore it, or name another")
     if len(train_tokens) < T + 1:
         fail(f'data/{dataset}: {len(train_tokens)} training tokens, under seq_len {T} + 1; lower --seq_len')
     train = val = Windows(train_tokens, T, chip, seed, shift_windows)
@@ -406,7 +406,7 @@ if __name__ == '__main__':
         os.environ.update(CUBLAS_WORKSPACE_CONFIG=':4096:8', TORCHINDUCTOR_DETERMINISTIC='1')
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
-    model = raw_model = GPT(config).to(chip)  # to save: raw_model, for DistributedDataParallel prefixes names
+    model = raw_model = GPT(config).to(chip)  # saved is raw_model: DistributedDataParallel prefixes names
     raw_model.trained_context = max(T, source.get('trained_context', 0))
     raw_model.gradient_checkpointing = gradient_checkpointing
     if source:
