@@ -2374,6 +2374,24 @@ def test_train_refuses_a_folder_where_another_run_has_just_been(folder, monkeypa
     monkeypatch.setattr('prepare.FolderLock', late)
     one_line(run('train.py', *TINY_RUN, '--out_dir=out/late', cwd=folder), 1, 'has just been there')
     assert contents_of(folder / 'out/late') == contents_of(folder / 'out/tiny')
+    monkeypatch.setattr('prepare.FolderLock', lambda path: os.utime(f'{path}/ckpt.pt'))  # saved once more
+    process = run('train.py', '--out_dir=out/late', '--init_from=resume', '--max_iters=30', cwd=folder)
+    one_line(process, 1, 'has just been there')
+
+
+def test_train_resumed_refuses_other_data_and_writes_the_best_again(folder):
+    """The weights of a checkpoint are the best's if its step is."""
+    shutil.copytree(folder / 'out/tiny', folder / 'out/again')
+    os.remove(folder / 'out/again/best.pt')
+    args = ['--out_dir=out/again', '--init_from=resume', '--max_iters=20']
+    done(run('train.py', *args, cwd=folder))
+    best, ours = read(folder / 'out/tiny/best.pt'), read(folder / 'out/again/best.pt')
+    assert best['step'] == ours['step'] and best['losses'] == ours['losses']
+    assert all(torch.equal(w, ours['model'][name]) for name, w in best['model'].items())
+    checkpoint = read(folder / 'out/again/ckpt.pt')
+    checkpoint['data']['val_fraction'] = 0.5
+    torch.save(checkpoint, folder / 'out/again/ckpt.pt')
+    one_line(run('train.py', *args, cwd=folder), 1, 'data/tiny has another text')
 
 
 def test_train_looks_at_the_disks_space_before_the_first_step(folder, monkeypatch):
