@@ -330,7 +330,8 @@ if __name__ == '__main__':
         given.update(('out_dir', 'init_from', 'overwrite'))  # this command's, never the checkpoint's
         merge(settings, globals(), source['settings'], (*shape, 'dataset', 'tokenizer', 'optimizer'), out_dir)
     elif there and not replace:
-        fail(f"{out_dir} has a run; set another --out_dir, {'--init_from=resume ' * resumable}or --overwrite")
+        ways = '--init_from=resume goes on, ' * resumable + '--overwrite replaces it'
+        fail(f'{out_dir} has a run: {ways}, another --out_dir keeps it')
     elif start != 'scratch':
         parent, source = load(start)
         if parent.config.quantized:
