@@ -1397,7 +1397,7 @@ def test_load_reads_nanogpts_checkpoints(tmp_path, bias):
     with torch.no_grad():
         assert torch.equal(ours(idx), made(idx)) and ours.config.bias == bias
     process = run('train.py', '--init_from=resume', f'--out_dir={tmp_path}', cwd=tmp_path)
-    one_line(process, 1, 'not a checkpoint of train.py')
+    one_line(process, 1, 'no checkpoint of a run')
 
 
 def test_load_refuses_nanogpts_characters(tmp_path):
