@@ -134,7 +134,8 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
 
 
 # training tokens from which on: layers, width, dropout, weight decay, steps of 32 x 64 tokens
-SIZES = {1_000_000: (4, 128, 0.0, 0.1, 2000), 150_000: (4, 192, 0.1, 0.1, 1150), 0: (2, 128, 0.2, 1.0, 400)}
+SIZES = {1_000_000: (4, 128, 0.0, 0.1, 2000), 150_000: (4, 192, 0.1, 0.1, 1150),
+         100_000: (4, 192, 0.2, 0.5, 600), 0: (2, 128, 0.2, 1.0, 400)}
 
 
 def settings_for(tokens, width=0):
