@@ -269,21 +269,23 @@ def curve(path, changed):
 
 
 def look(choice, known):
-    """The models to choose from, a line about the chosen one, the curves; nothing if a page shows them.
+    """The models to choose from, a line about the chosen one, the curves; nothing if the page shows them.
 
-    The last item returned, `here`, comes back as `known`: the choice, and the files with their times.
+    The last item returned, `here`, comes back as `known`: the chosen path, and the files with their times.
     """
     paths, logs = model_files(), newest_first('log.csv')[:1]
-    here = choice, [(path, os.path.getmtime(path)) for path in paths + logs]
-    if here == known:
-        return gr.skip()
     path = choice if choice in paths else (paths or [None])[0]
+    models, log = [[(file, os.path.getmtime(file)) for file in files] for files in (paths, logs)]
+    here = path, models, log
+    if here == known and path == choice:
+        return gr.skip()
     about = description(path, os.path.getmtime(path)) if path else NO_MODEL
+    same = known and known[:2] == here[:2] and path == choice  # an update would close the list of models
     try:
-        shown = curve(logs[0], os.path.getmtime(logs[0]))
+        shown = curve(*log[0])
     except (ValueError, LookupError, AttributeError, OSError):  # there is none, or it is being written
         shown = None, None, 'A training in this folder shows its curve here, once log.csv holds steps.'
-    return gr.update(choices=paths, value=path), about, *shown, here
+    return gr.skip() if same else gr.update(choices=paths, value=path), about, *shown, here
 
 
 # -- the page ------------------------------------------------------------------------------------------------
@@ -351,8 +353,8 @@ with gr.Blocks(title='folio') as page:
 page.queue(max_size=queue_size, api_open=False)  # nobody writes past the queue
 
 if __name__ == '__main__':
-    if model_files():
-        thread.submit(get_model, '').result()  # so that the first visitor need not wait
+    if model_files():  # read one on the last thread made, so that the first visitor need not wait
+        thread.submit(get_model, '').result()
     theme = gr.themes.Soft(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']).set(
         body_text_color_subdued='*neutral_600')
     # texts on the theme's own indigo, or in it, have less than the contrast of WCAG's AA, 4.5 to 1

@@ -549,12 +549,12 @@ class GPT(nn.Module):
         # passes before a trace, which takes as long as the passes of a text known by heart
         untraced = 8 if drafts and self not in TRACES else 0
         with borrowed_graph(self, len(text), positions, options, compile, max_new_tokens) as graph:
-            cache, seen, replay = graph or (self.new_cache(len(text), positions), None, None)
-            # which ids (B, V) a text holds
-            seen = text.new_zeros(len(text), self.config.vocab_size).bool() if seen is None else seen.zero_()
-            seen.scatter_(1, text, True)
+            seen = text.new_zeros(len(text), self.config.vocab_size, dtype=torch.bool)  # ids of a text (B, V)
+            cache, seen, replay = graph or (self.new_cache(len(text), positions), seen, None)
+            seen.zero_().scatter_(1, text, True)
             for written in range(max_new_tokens):
-                if drafted and ids.item() == drafted.pop(0):  # this draft is in the cache already
+                # a draft that is right is in the cache already; after a wrong one the last branch drafts anew
+                if drafted and ids.item() == drafted.pop(0):
                     logits, T = logits[:, 1:], T + 1
                 elif written == 0:  # each prompt runs once, then is copied to its texts
                     logits = self.next_logits(idx[:, -T:], [kv[:, :len(idx)] for kv in cache])
@@ -718,9 +718,9 @@ def one_line(error):
 def fast_step(model, cache, steps, compile='auto'):
     """A function step(ids (B, T), cache, position) -> logits (B, T, V), for the next `steps` steps.
 
-    It is next_logits; or on a CPU, with compile 'True' and with 'auto' from 63 steps on, its trace, without
-    Python between its operators (made in 0.3 s for GPT-2 small in int8). Large float matrices are not traced:
-    TorchScript cannot record oneDNN's product.
+    It is next_logits; or on a CPU, with compile 'True' and with 'auto' from 63 steps on (64 ids), its
+    trace, without Python between its operators (made in 0.3 s for GPT-2 small in int8). Large float matrices
+    are not traced: TorchScript cannot record oneDNN's product.
     """
     large = not model.config.quantized and 4 * model.config.n_embd**2 >= SMALL_MATRIX
     if compile == 'False' or large or cache[0].device.type != 'cpu' or compile == 'auto' and steps < 63:
@@ -933,7 +933,8 @@ def replacing(path):
             os.fsync(folder)
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises a RuntimeError after an OSError
-        reason = getattr(error, 'strerror', getattr(error.__context__, 'strerror', 'the disk may be full'))
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, 'strerror', None) or 'the disk may be full'
         raise OSError(f'{path} could not be written ({reason}); what is there is whole') from None
     finally:
         with contextlib.suppress(OSError):  # it is not there after a rename
@@ -1005,7 +1006,7 @@ def find(path):
     newest = max(filter(os.path.exists, runs), key=os.path.getmtime, default=None)
     if newest:
         return find(os.path.dirname(newest))
-    raise FileNotFoundError(f'{path}: no such model file; name another, or run train.py config/quickstart.py')
+    raise FileNotFoundError(f'{path}: no model there; name another, or run train.py config/quickstart.py')
 
 
 def download(path):

@@ -237,38 +237,41 @@ def find_files(input):
     return files
 
 
-def read_bytes(path, lines=False):
+def read_bytes(path, digest=None, lines=False):
     """Yield the bytes of a file in blocks or in lines, unpacked if it is a .gz; path 0 is standard input.
 
-    Raises ValueError for a damaged .gz.
+    Adds them to the hash `digest`. Raises ValueError for a damaged .gz.
     """
     try:
         with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
-            yield from f if lines else iter(lambda: f.read(2**16), b'')
+            for block in f if lines else iter(lambda: f.read(2**16), b''):
+                if digest:
+                    digest.update(block)
+                yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f'{path}: damaged: {error}; get the file again') from None
 
 
-def read_text(path):
+def read_text(path, digest=None):
     """Yield the text of a UTF-8 file in blocks, newlines unchanged; see read_bytes().
 
     Raises ValueError with the position of a byte that is not UTF-8.
     """
     name, done = path or 'standard input', 0
     try:
-        for text in codecs.iterdecode(read_bytes(path), 'utf-8'):
+        for text in codecs.iterdecode(read_bytes(path, digest), 'utf-8'):
             yield text
             done += len(text.encode())
     except UnicodeDecodeError as error:  # of the bytes after the first `done`
         raise ValueError(f'{name}: not UTF-8 at byte {done + error.start:,}; convert it by iconv') from None
 
 
-def read_json_lines(path, joiner):
+def read_json_lines(path, joiner, digest=None):
     """Yield the `text` of each line of a .jsonl file, and `joiner` between two.
 
     Raises ValueError with the number of a line that has none.
     """
-    for number, line in enumerate(read_bytes(path, lines=True), 1):
+    for number, line in enumerate(read_bytes(path, digest, lines=True), 1):
         if not line.strip():
             continue
         try:
@@ -281,8 +284,8 @@ def read_json_lines(path, joiner):
         yield text
 
 
-def read_documents(files, tokenizer):
-    """Yield the blocks of all documents; between two yield None, or a newline for char.
+def read_documents(files, tokenizer, digest=None):
+    """Yield the blocks of all documents; between two yield None, or a newline if the tokenizer is 'char'.
 
     A document is a file, or a line's `text` in a .jsonl or .jsonl.gz file.
     """
@@ -291,9 +294,9 @@ def read_documents(files, tokenizer):
         if path != files[0]:
             yield joiner
         if path.endswith(('.jsonl', '.jsonl.gz')):
-            yield from read_json_lines(path, joiner)
+            yield from read_json_lines(path, joiner, digest)
         else:
-            yield from read_text(path)
+            yield from read_text(path, digest)
 
 
 def split_at(cut, blocks):
@@ -332,7 +335,7 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
     """Encode pairs of a split and a block, all of train first, into files of uint16; `total` is their bytes.
 
     Prints the progress. Returns what meta.json says about the splits: {'tokens': {split: its number of ids},
-    'bytes': {split: those of its text}, 'sha256': {split: the file's}}.
+    'bytes': {split: the bytes of its text}, 'sha256': {split: the file's}}.
     """
     def encode(piece):
         if tokenizer.eot and piece and not special_tokens and len(piece) < 100_000:  # an array, not a list
@@ -433,7 +436,7 @@ def check_vocab_size(size):
         raise ValueError('must be 257 (256 bytes and the document end) to 65,536, or 0')
 
 
-# what configure() checks of the settings that train.py has too
+# limits of prepare()'s arguments, as configure() takes them
 LIMITS = dict(dataset=check_dataset, tokenizer=('gpt2', 'bpe', 'char'), vocab_size=check_vocab_size,
               val_fraction=(0, 0.999999))
 
@@ -453,10 +456,8 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
     began, files, digest = time.time(), find_files(input), hashlib.sha256()
     total, size, found = 0, 0, set()
-    for block in read_documents(files, tokenizer):  # a first reading, because the cut needs the length
-        data = (block or '').encode()
-        total, size = total + len(block or ''), size + len(data)
-        digest.update(data)
+    for block in read_documents(files, tokenizer, digest):  # a first reading: the cut needs the length
+        total, size = total + len(block or ''), size + len((block or '').encode())
         if tokenizer == 'char':
             found.update(block)
     cut = int(total * (1 - val_fraction))
@@ -519,7 +520,7 @@ def load_data(dataset):
     for split in ('train', 'val'):
         path = f'{folder}/{split}.bin'
         # a val.bin that meta.json does not name is left of a preparation that was killed
-        here = split in counts if counts else split == 'train' or os.path.exists(path)
+        here = os.path.exists(path) and split in (counts or ('train', 'val'))
         size = os.path.getsize(path) if here else 0
         want = 2 * counts.get(split, size // 2)
         if size != want or split == 'train' and not size:
@@ -529,7 +530,7 @@ def load_data(dataset):
         if known and size <= 2**30 and hashlib.sha256(splits[-1]).hexdigest() != known:
             raise ValueError(f'{path}: damaged: not the ids that prepare.py wrote; prepare it again')
         if not known and size and splits[-1].max() >= meta['tokenizer']['vocab_size']:
-            raise ValueError(f'{path}: has ids that its vocabulary has not; prepare it again')
+            raise ValueError(f'{path}: has ids that are not in its vocabulary; prepare it again')
     return *splits, meta
 
 
@@ -558,8 +559,8 @@ def check_data(dataset, meta, wanted):
         same = has.get(key) in (value, None)  # None: nanoGPT's data, which do not say
         if key == 'input' and has['input']:
             digest = hashlib.sha256()
-            for block in read_documents(find_files(value), has['tokenizer']):
-                digest.update((block or '').encode())
+            for _ in read_documents(find_files(value), has['tokenizer'], digest):
+                pass
             same = digest.hexdigest() == meta['source']['sha256']
         if not same:
             raise ValueError(f'data/{dataset}: {key} {has[key]} differs from {value}; name another dataset')

@@ -145,7 +145,7 @@ if __name__ == '__main__':
     after = measure(model, kind, tokens, eval_tokens, tokenizer.start)
     if tokens is not None and not after[0] <= before[0] * (1 + max_loss_increase):
         fail(f'{kind} raises the loss from {before[0]:.4f} to {after[0]:.4f}; nothing is written. Take a '
-             f'finer --dtype, or allow more than --max_loss_increase={max_loss_increase}')
+             f'finer --dtype (int8, bfloat16), or allow more than --max_loss_increase={max_loss_increase}')
 
     # -- write and report ------------------------------------------------------------------------------------
     if format == 'hf':

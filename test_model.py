@@ -1244,7 +1244,7 @@ def test_find_takes_a_hub_id_and_without_the_hub_its_cache(hub, tmp_path):
     assert models == (load('me/folio')[1]['step'], load('gpt2')[0].config.n_embd)
     with pytest.raises(FileNotFoundError, match='me/other: .*not to be had from the Hub.*Connection refused'):
         find('me/other')
-    with pytest.raises(FileNotFoundError, match='no such model file'):
+    with pytest.raises(FileNotFoundError, match='no model there'):
         find(str(tmp_path / 'none'))  # no id
 
 

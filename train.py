@@ -325,9 +325,9 @@ if __name__ == '__main__':
     # a 0 gives way to a checkpoint's or another model's value
     given.difference_update([key for key in (*shape[:4], 'max_iters') if not settings[key]])
     if start == 'resume':
-        source = read(files['ckpt.pt']) if resumable else {'kind': ''}
-        if source['kind'] != 'checkpoint':
-            fail(f"{files['ckpt.pt']}: no checkpoint of a run: nothing to resume; leave out --init_from")
+        source = resumable and read(files['ckpt.pt'])
+        if not source or source['kind'] != 'checkpoint':
+            fail(f"{files['ckpt.pt']} is no checkpoint of a run; name a model by --init_from or leave it out")
         given.update(('out_dir', 'init_from', 'overwrite'))  # this command's, never the checkpoint's
         merge(settings, globals(), source['settings'], (*shape, 'dataset', 'tokenizer', 'optimizer'), out_dir)
     elif there and not replace:
@@ -355,7 +355,7 @@ if __name__ == '__main__':
         fail(f'{ranks} ranks cannot share batch_size {batch_size}; make it a multiple of {ranks}', 2)
 
     agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # outlives a restart
-    # each node counts its own restarts
+    # each node counts its own restarts, so their stores' prefixes would differ
     if agent_store and os.getenv('GROUP_WORLD_SIZE') != '1' and os.getenv('TORCHELASTIC_MAX_RESTARTS') != '0':
         fail('nodes could not meet again: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or --max-restarts=0', 2)
 
@@ -375,9 +375,11 @@ if __name__ == '__main__':
     train_tokens, val_tokens, data_meta = load_data(dataset)
     here = repr((start, source.get('step', 0), settings, data_meta))
     if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first to come sets it
-        fail(f'rank {rank} has other settings, data or {out_dir} than the first; give all nodes the same')
+        fail(f'rank {rank} has other settings, other data or another run than the first; give all the same')
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
         chosen = settings_for(len(train_tokens), n_embd)
+        if source:
+            del chosen['weight_decay']  # a strong one is for new weights
         taken = {key: chosen[key] for key in chosen if not settings[key] or key == 'weight_decay'}
         merge(settings, globals(), taken, (), '')
         print(f'chosen for {len(train_tokens):,} training tokens: {n_layer} layers, {n_head} heads, width '
@@ -391,7 +393,7 @@ if __name__ == '__main__':
     except ValueError as error:
         fail(error, 2)
     if {**data_meta, **source.get('data', {})} != data_meta:  # an older checkpoint says less
-        fail(f"data/{dataset} has another text or tokenizer than the model; restore it, or name another")
+        fail(f"data/{dataset} has not the model's text or tokenizer; name another --dataset or --out_dir")
     if len(train_tokens) < T + 1:
         fail(f'data/{dataset}: {len(train_tokens)} training tokens, under seq_len {T} + 1; lower --seq_len')
     train = val = Windows(train_tokens, T, chip, seed, shift_windows)
@@ -408,7 +410,8 @@ if __name__ == '__main__':
         os.environ.update(CUBLAS_WORKSPACE_CONFIG=':4096:8', TORCHINDUCTOR_DETERMINISTIC='1')
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
-    model = raw_model = GPT(config).to(chip)  # saved is raw_model: DistributedDataParallel prefixes names
+    # raw_model is the one to save: DistributedDataParallel prefixes the names
+    model = raw_model = GPT(config).to(chip)
     raw_model.trained_context = max(T, source.get('trained_context', 0))
     raw_model.gradient_checkpointing = gradient_checkpointing
     if source:
@@ -466,7 +469,7 @@ if __name__ == '__main__':
         # a checkpoint has weights and up to two averages in float32; a new one is written beside the old one
         free, need = shutil.disk_usage(out_dir).free, 2 * 12 * raw_model.num_params()
         if free + sum(map(os.path.getsize, there)) < need:
-            fail(f'{out_dir}: {free / 1e6:,.0f} MB are free, checkpoints need {need / 1e6:,.0f}; make room')
+            fail(f'{out_dir}: {free / 1e6:,.0f} MB are free, and a run needs {need / 1e6:,.0f} MB; make room')
         for path in there if start != 'resume' else ():
             os.remove(path)
 
@@ -478,18 +481,19 @@ if __name__ == '__main__':
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
     def tried(name, write, *args, **more):
-        """Write a file; if that fails, say so and go on: the next interval tries again."""
+        """Write one of the run's files; if that fails, say so and go on: the next interval tries again."""
+        if not (master and out_dir):
+            return
         unsaved.add(name)
         try:
             write(files[name], *args, **more)
             unsaved.remove(name)
         except OSError as error:
-            print(f"step {state['step']:,}: {name}: {error}", file=errors)
+            print(f"step {state['step']:,}: {error}", file=errors)
 
     def keep(name, **more):
         """Write one of the run's model files; see save()."""
-        if master and out_dir:
-            tried(name, save, config, raw_model.state_dict(), step=state['step'], **facts, **more)
+        tried(name, save, config, raw_model.state_dict(), step=state['step'], **facts, **more)
 
     def keep_checkpoint():
         keep('ckpt.pt', kind='checkpoint', losses=state['losses'], settings=settings, data=data_meta,

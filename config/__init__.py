@@ -98,8 +98,8 @@ def run_file(path, settings):
             exec(compile(f.read(), found, 'exec'), scope)
     except BaseException as error:  # a file may raise KeyboardInterrupt too
         ran = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == found]
-        line = (ran or [getattr(error, 'lineno', '?')])[-1]  # a SyntaxError is found before any line runs
-        fail(f'{path}, line {line}: {type(error).__name__}: {error}', 2)
+        line = ran[-1] if ran else getattr(error, 'lineno', None)  # a SyntaxError comes before any line runs
+        fail(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", 2)
     return {key: value for key, value in scope.items() if not key.startswith('_') and
             (key in settings or not isinstance(value, (types.ModuleType, type)) and not callable(value))}
 
