@@ -1636,7 +1636,10 @@ def test_prepare_refuses_bad_texts_and_loses_nothing(tmp_path, monkeypatch):
             prepare(name, 'kept')
         assert contents_of(tmp_path / 'data/kept') == before
     (tmp_path / 'data/kept/val.bin').write_bytes(b'123')
-    with pytest.raises(ValueError, match='val.bin'):
+    with pytest.raises(ValueError, match='val.bin: 3 bytes'):
+        load_data('kept')
+    (tmp_path / 'data/kept/val.bin').unlink()
+    with pytest.raises(ValueError, match='val.bin: 0 bytes .* prepare it again'):
         load_data('kept')
 
 
@@ -2108,7 +2111,7 @@ def test_train_chooses_a_model_for_a_text_of_ones_own(folder, tmp_path):
         assert about['settings'][key] == value
     more = ['config/mine.py', '--init_from=out/mine', '--out_dir=out/more', '--max_minutes=1e-6']
     third = done(run('train.py', *more, cwd=tmp_path)).stdout  # the shape is the other model's
-    assert '2 layers, 2 heads, width 32, 64 positions, dropout 0.2, decay 1.0, ' in third
+    assert '2 layers, 2 heads, width 32, 64 positions, dropout 0.2, decay 0.1, ' in third
     assert f"{chosen['max_iters']} steps" in third
     best, last = (read(tmp_path / f'out/mine/{name}.pt') for name in ('best', 'model'))
     assert torch.equal(best['model']['wte.weight'], last['model']['wte.weight'])
@@ -2391,7 +2394,7 @@ def test_train_resumed_refuses_other_data_and_writes_the_best_again(folder):
     checkpoint = read(folder / 'out/again/ckpt.pt')
     checkpoint['data']['val_fraction'] = 0.5
     torch.save(checkpoint, folder / 'out/again/ckpt.pt')
-    one_line(run('train.py', *args, cwd=folder), 1, 'data/tiny has another text')
+    one_line(run('train.py', *args, cwd=folder), 1, "data/tiny has not the model's text")
 
 
 def test_train_looks_at_the_disks_space_before_the_first_step(folder, monkeypatch):
@@ -2978,6 +2981,12 @@ def test_page_lives_with_a_log_that_is_being_written(app, folder):
         losses, rates, _ = app['curve']('out/tiny/log.csv', 0)
         assert (losses.curve == 'validation').sum() == 3000 // 7
         assert rates.step.iloc[-1] == 3000 and len(rates) < 1500
+        path = app['model_files']()[0]
+        *_, known = app['look'](path, None)
+        log.write_text(log.read_text() + '3001,2,0.1,,\n')
+        models, _, _, _, about, known = app['look'](path, known)
+        assert 'step 3,001' in about and 'value' not in models  # a new value would undo a choice being made
+        assert app['look'](path, known) == {'__type__': 'update'}
     finally:
         log.write_bytes(before)
 
