@@ -1709,7 +1709,7 @@ def test_load_data_refuses_ids_beyond_an_older_vocabulary(folder, tmp_path, monk
     ids = np.memmap(tmp_path / 'data/old/train.bin', dtype='<u2', mode='r+')
     ids[5] = 60_000
     ids.flush()
-    with pytest.raises(ValueError, match='has ids that its vocabulary has not'):
+    with pytest.raises(ValueError, match='has ids that are not in its vocabulary'):
         load_data('old')
 
 
@@ -2171,7 +2171,7 @@ def test_train_lowers_the_loss_with_each(choice, folder):
     ('--val_fraction=0.5', 2, ['0.1', '0.5']),
     ('--input=other.txt', 2, ['input.txt', 'other.txt']),
     ('--input=none.txt', 1, ['none.txt']),
-    ('--init_from=resume', 1, ['nothing to resume']),
+    ('--init_from=resume', 1, ['no checkpoint of a run']),
     ('--init_from=nope.pt', 1, ['nope.pt'])])
 def test_train_refuses_in_one_line(folder, args, status, words):
     (folder / 'other.txt').write_text('another text')
