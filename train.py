@@ -133,9 +133,9 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
     return rates[schedule], beta1
 
 
-# training tokens from which on: layers, width, dropout, weight decay, steps of 32 x 64 tokens
-SIZES = {1_000_000: (4, 128, 0.0, 0.1, 2000), 150_000: (4, 192, 0.1, 0.1, 1150),
-         100_000: (4, 192, 0.2, 0.5, 600), 0: (2, 128, 0.2, 1.0, 400)}
+# training tokens from which on: layers, width, positions, dropout, weight decay, steps of 32 windows
+SIZES = {1_000_000: (4, 128, 128, 0.0, 0.1, 1000), 150_000: (4, 192, 64, 0.1, 0.1, 1150),
+         100_000: (4, 192, 64, 0.2, 0.5, 600), 0: (2, 128, 64, 0.2, 1.0, 400)}
 
 
 def settings_for(tokens, width=0):
@@ -145,10 +145,10 @@ def settings_for(tokens, width=0):
     (https://arxiv.org/abs/2305.16264). For a large one the time is the limit: a wider model would see fewer
     tokens (https://arxiv.org/abs/2203.15556).
     """
-    n_layer, n_embd, dropout, decay, steps = next(SIZES[least] for least in SIZES if tokens >= least)
+    n_layer, n_embd, T, dropout, decay, steps = next(SIZES[least] for least in SIZES if tokens >= least)
     width = width or n_embd
     n_head = math.gcd(width, max(width // 64, 1))
-    return dict(n_layer=n_layer, n_head=n_head, n_embd=width, block_size=64, dropout=dropout,
+    return dict(n_layer=n_layer, n_head=n_head, n_embd=width, block_size=T, dropout=dropout,
                 weight_decay=decay, max_iters=steps)
 
 
