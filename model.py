@@ -546,7 +546,7 @@ class GPT(nn.Module):
         T, positions = min(idx.size(1), window), min(idx.size(1) + max_new_tokens, window)
         drafts = drafts if len(text) == 1 and idx.is_cpu else None  # a CUDA graph runs one id alone
         step, drafted = self.next_logits, []
-        # passes before a trace, which takes as long as the passes of a text known by heart
+        # passes before the trace is made; a text known by heart may end before, and a trace takes as long
         untraced = 8 if drafts and self not in TRACES else 0
         with borrowed_graph(self, len(text), positions, options, compile, max_new_tokens) as graph:
             seen = text.new_zeros(len(text), self.config.vocab_size, dtype=torch.bool)  # ids of a text (B, V)

@@ -88,6 +88,7 @@ with contextlib.suppress(ImportError):  # Windows has none
     import readline  # noqa: F401  (gives input() arrow keys and history)
 while True:
     try:
+        # where stdout is no terminal it gets the texts alone, so input() asks on stderr
         with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
             prompt, start = start or input('Prompt> '), ''  # a prompt that was given comes first
     except (EOFError, KeyboardInterrupt) as leaving:

@@ -148,7 +148,7 @@ def print_help(namespace, settings):
 
 def on_signals(action):
     """Set what Ctrl-C, SIGTERM and a closed terminal do: a function of (number, frame), or signal.SIG_DFL."""
-    hangup = getattr(signal, 'SIGHUP', signal.SIGTERM)  # Windows has none
+    hangup = getattr(signal, 'SIGHUP', signal.SIGTERM)  # Windows has none; SIGTERM is then set twice
     for number in (signal.SIGINT, signal.SIGTERM, hangup):
         if number != hangup or signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, action)
