@@ -139,7 +139,7 @@ SIZES = {1_000_000: (4, 128, 128, 0.0, 0.1, 1000), 150_000: (4, 192, 64, 0.1, 0.
 
 
 def settings_for(tokens, width=0):
-    """Settings for a text of this many training tokens, which take up to seven minutes on two CPU cores.
+    """Settings for a text of this many training tokens, which take up to nine minutes on two CPU cores.
 
     A small text is read often, so it gets a small model, dropout and a strong weight decay
     (https://arxiv.org/abs/2305.16264). For a large one the time is the limit: a wider model would see fewer
