@@ -2086,12 +2086,12 @@ def test_gpt2_presets_fit_80_gb(size, parameters):
     assert round(memory_of(preset, 8) / 1e9) == stated < 72
 
 
-@pytest.mark.parametrize('tokens, n_layer, dropout, weight_decay', [
-    (5, 2, 0.2, 1.0), (100_000, 4, 0.2, 0.5), (150_000, 4, 0.1, 0.1), (10**9, 4, 0.0, 0.1)])
-def test_settings_for_a_text_of_any_size(tokens, n_layer, dropout, weight_decay):
+@pytest.mark.parametrize('tokens, n_layer, block_size, dropout, weight_decay', [
+    (5, 2, 64, 0.2, 1.0), (100_000, 4, 64, 0.2, 0.5), (150_000, 4, 64, 0.1, 0.1), (10**9, 4, 128, 0.0, 0.1)])
+def test_settings_for_a_text_of_any_size(tokens, n_layer, block_size, dropout, weight_decay):
     chosen = train.settings_for(tokens)
     GPTConfig(chosen['block_size'], 512, *(chosen[key] for key in ('n_layer', 'n_head', 'n_embd')))
-    wanted = dict(n_layer=n_layer, dropout=dropout, weight_decay=weight_decay)
+    wanted = dict(n_layer=n_layer, block_size=block_size, dropout=dropout, weight_decay=weight_decay)
     assert {key: chosen[key] for key in wanted} == wanted
 
 
