@@ -847,21 +847,6 @@ def split_loss(model, tokens, context, max_tokens=0, name='', batch_tokens=8192)
     return total / n
 
 
-def recited(model, tokens, length=50, texts=40):
-    """(share, length): the share of windows whose next `length` tokens greedy decoding gives word for word.
-
-    The prompt is a window's first `length` tokens; half a window at most, which is why length is returned.
-    At most `texts` windows, spread evenly over `tokens` (n > 2 · length), are tried. They begin at multiples
-    of the trained context, because a model that saw the same windows in every epoch knows no others.
-    """
-    length = min(length, max(model.trained_context // 2, 1))
-    starts = np.linspace(0, len(tokens) - 2 * length, texts).astype('int64')  # float32 would overshoot
-    starts = np.unique(starts - starts % model.trained_context)
-    ids = torch.from_numpy(tokens[starts[:, None] + np.arange(2 * length)].astype('int64'))
-    written = torch.stack([*model.generate(ids[:, :length], length, temperature=0)], dim=1)  # (texts, length)
-    return (written == ids[:, length:]).all(dim=1).double().mean().item(), length
-
-
 def duration(seconds):
     """Hours, minutes and seconds, as 0:01:30."""
     return str(datetime.timedelta(seconds=round(seconds)))

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from config import configure, end, fail, given, merge, on_signals
 from model import (GPT, GPTConfig, capture, device_name, duration, keep_freed_memory, load, or_none,
-                   pick_device, pick_dtype, product, read, recited, save, split_loss)
+                   pick_device, pick_dtype, product, read, save, split_loss)
 from prepare import LIMITS, FolderLock, bits_per_nat, check_data, get_tokenizer, load_data, prepare
 
 
@@ -155,36 +155,28 @@ def settings_for(tokens, width=0):
 # -- batches -------------------------------------------------------------------------------------------------
 
 class Windows:
-    """The windows of T tokens, each with the next token, that a split is cut into.
-
-    An epoch of more than MOST windows goes through the split several times, in `parts`, and takes every
-    parts-th window each time, so that the table of their order stays under 70 MB. Fewer than `parts` windows
-    at the end are left out.
-    """
-    MOST = 2**23
+    """The windows of T tokens, each with the next token, that a split is cut into."""
 
     def __init__(self, tokens, T, device, seed=0, shift=False):
         self.tokens, self.T, self.device, self.seed, self.shift = tokens, T, device, seed, shift
-        self.parts = math.ceil((len(tokens) - 1) // T / self.MOST) or 1
-        self.size = (len(tokens) - 1) // T // self.parts  # windows a part
-        self.count = self.size * self.parts  # windows an epoch
+        self.count = (len(tokens) - 1) // T  # windows an epoch
         on_gpu = device.startswith('cuda') and len(tokens) < 2**29  # then a step copies the starts only
         self.source = torch.from_numpy(np.int32(tokens)).to(device) if on_gpu else None
 
     @functools.lru_cache(maxsize=1)
-    def starts(self, part):
-        """First tokens (size,) of the windows of a part, counted through all epochs, in a random order."""
-        rng = np.random.default_rng((self.seed, part))
-        starts = (rng.permutation(self.size) * self.parts + part % self.parts) * self.T
-        if self.shift:  # all parts of an epoch by the same, or some tokens would be left out
-            rng = rng if self.parts == 1 else np.random.default_rng((self.seed, part // self.parts))
+    def starts(self, epoch):
+        """First tokens (count,) of the windows of an epoch, in a random order."""
+        rng = np.random.default_rng((self.seed, epoch))
+        starts = rng.permutation(self.count)
+        starts *= self.T  # in place: 10 billion tokens have 10 million windows of 1024
+        if self.shift:
             starts += rng.integers(self.T)
             starts[starts >= len(self.tokens) - self.T] = 0  # past the end: take the first one instead
         return starts
 
     def batch(self, first, rows):
         """Inputs and targets (B, T) of `rows` windows from number `first` on, counted through all epochs."""
-        return self.at([self.starts(i // self.size)[i % self.size] for i in range(first, first + rows)])
+        return self.at([self.starts(i // self.count)[i % self.count] for i in range(first, first + rows)])
 
     def at(self, starts):
         """Inputs and targets, each (B, T), on the device, of the windows that begin at `starts` (B,)."""
@@ -694,9 +686,6 @@ if __name__ == '__main__':
         final.setdefault('bits per byte', per_byte)  # of the first
         print(f'{name:11s} {final[name]:.4f}, {per_byte:.3f} bits per byte, over {count:,} of '
               f'{len(tokens):,} tokens, {context} at a time')
-        if not final_eval_tokens and len(tokens) > 100:
-            share, length = recited(raw_model, tokens)
-            print(f"recited     {share:.0%}: the {length} tokens after a window's first {length}, greedily")
     keep('model.pt', losses=final)
     if sample_interval:
         print_sample(raw_model, tok, seed)
