@@ -2053,14 +2053,12 @@ def test_gpt2_presets_fit_80_gb(size, parameters):
     assert round(memory_of(preset, 8) / 1e9) == stated < 72
 
 
-@pytest.mark.parametrize('tokens, n_layer, block_size, dropout, weight_decay, learning_rate', [
-    (5, 2, 64, 0.2, 1.0, 8e-3), (100_000, 4, 64, 0.2, 0.5, 8e-3), (150_000, 4, 64, 0.1, 0.1, 8e-3),
-    (10**9, 4, 128, 0.0, 0.1, 16e-3)])
-def test_settings_for_a_text_of_any_size(tokens, n_layer, block_size, dropout, weight_decay, learning_rate):
+@pytest.mark.parametrize('tokens, n_layer, block_size, dropout, weight_decay', [
+    (5, 2, 64, 0.2, 1.0), (100_000, 4, 64, 0.2, 0.5), (150_000, 4, 64, 0.1, 0.1), (10**9, 4, 128, 0.0, 0.1)])
+def test_settings_for_a_text_of_any_size(tokens, n_layer, block_size, dropout, weight_decay):
     chosen = train.settings_for(tokens)
     GPTConfig(chosen['block_size'], 512, *(chosen[key] for key in ('n_layer', 'n_head', 'n_embd')))
-    wanted = dict(n_layer=n_layer, block_size=block_size, dropout=dropout, weight_decay=weight_decay,
-                  learning_rate=learning_rate)
+    wanted = dict(n_layer=n_layer, block_size=block_size, dropout=dropout, weight_decay=weight_decay)
     assert {key: chosen[key] for key in wanted} == wanted
 
 
@@ -2076,11 +2074,12 @@ def test_train_chooses_a_model_for_a_text_of_ones_own(folder, tmp_path):
     second = done(run('train.py', *args, '--init_from=resume', '--max_minutes=0', cwd=tmp_path))
     assert 'chosen' not in second.stdout and 'no better validation loss in 2 evaluations' in second.stdout
     about = read(tmp_path / 'out/mine/ckpt.pt')
-    for key, value in {**chosen, 'n_embd': 32, 'n_head': 2, 'learning_rate': 0.5}.items():
+    for key, value in {**chosen, 'n_embd': 32, 'n_head': 2}.items():
         assert about['settings'][key] == value
     more = ['config/mine.py', '--init_from=out/mine', '--out_dir=out/more', '--max_minutes=1e-6']
     third = done(run('train.py', *more, cwd=tmp_path)).stdout  # the shape is the other model's
-    assert f"tokens: dropout 0.2, learning_rate 0.008, max_iters {chosen['max_iters']}\n" in third
+    assert '2 layers, 2 heads, width 32, 64 positions, dropout 0.2, decay 0.1, ' in third
+    assert f"{chosen['max_iters']} steps" in third
     best, last = (read(tmp_path / f'out/mine/{name}.pt') for name in ('best', 'model'))
     assert torch.equal(best['model']['wte.weight'], last['model']['wte.weight'])
     assert last['step'] == about['step'] > best['step']

@@ -133,9 +133,9 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
     return rates[schedule], beta1
 
 
-# training tokens from which on: layers, width, positions, dropout, weight decay, rate, steps of 32 windows
-SIZES = {1_000_000: (4, 128, 128, 0.0, 0.1, 16e-3, 1000), 150_000: (4, 192, 64, 0.1, 0.1, 8e-3, 1150),
-         100_000: (4, 192, 64, 0.2, 0.5, 8e-3, 600), 0: (2, 128, 64, 0.2, 1.0, 8e-3, 400)}
+# training tokens from which on: layers, width, positions, dropout, weight decay, steps of 32 windows
+SIZES = {1_000_000: (4, 128, 128, 0.0, 0.1, 1000), 150_000: (4, 192, 64, 0.1, 0.1, 1150),
+         100_000: (4, 192, 64, 0.2, 0.5, 600), 0: (2, 128, 64, 0.2, 1.0, 400)}
 
 
 def settings_for(tokens, width=0):
@@ -145,11 +145,11 @@ def settings_for(tokens, width=0):
     (https://arxiv.org/abs/2305.16264). For a large one the time is the limit: a wider model would see fewer
     tokens (https://arxiv.org/abs/2203.15556).
     """
-    n_layer, n_embd, T, dropout, decay, lr, steps = next(SIZES[least] for least in SIZES if tokens >= least)
+    n_layer, n_embd, T, dropout, decay, steps = next(SIZES[least] for least in SIZES if tokens >= least)
     width = width or n_embd
     n_head = math.gcd(width, max(width // 64, 1))
     return dict(n_layer=n_layer, n_head=n_head, n_embd=width, block_size=T, dropout=dropout,
-                weight_decay=decay, learning_rate=lr, max_iters=steps)
+                weight_decay=decay, max_iters=steps)
 
 
 # -- batches -------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ if __name__ == '__main__':
     source = {}  # the contents of the model file that the run goes on from, or starts from
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
     # a 0 gives way to a checkpoint's or another model's value
-    given.difference_update([key for key in (*shape[:4], 'learning_rate', 'max_iters') if not settings[key]])
+    given.difference_update([key for key in (*shape[:4], 'max_iters') if not settings[key]])
     if start == 'resume':
         source = resumable and read(files['ckpt.pt'])
         if not source or source['kind'] != 'checkpoint':
@@ -372,11 +372,10 @@ if __name__ == '__main__':
         chosen = settings_for(len(train_tokens), n_embd)
         if source:
             del chosen['weight_decay']  # a strong one is for new weights
-        taken = {key: value for key, value in chosen.items()
-                 if key not in given and (key == 'weight_decay' or not settings[key])}
+        taken = {key: chosen[key] for key in chosen if not settings[key] or key == 'weight_decay'}
         merge(settings, globals(), taken, (), '')
-        print(f'chosen for {len(train_tokens):,} training tokens:',
-              ', '.join(f'{key} {value}' for key, value in taken.items()))
+        print(f'chosen for {len(train_tokens):,} training tokens: {n_layer} layers, {n_head} heads, width '
+              f'{n_embd}, {block_size} positions, dropout {dropout}, decay {weight_decay}, {max_iters} steps')
     if seq_len > block_size:
         fail(f'--seq_len={seq_len}: the model has {block_size} positions, its block_size', 2)
     T, tok = seq_len or block_size, get_tokenizer(data_meta['tokenizer'])

@@ -7,7 +7,7 @@ out_dir = 'out/mine'
 dataset = 'mine'
 tokenizer = 'bpe'
 
-n_layer = 0  # 0: chosen by train.py from the number of training tokens; dropout and weight_decay are too
+n_layer = 0  # 0: chosen by train.py from the number of training tokens, and so are dropout and weight_decay
 n_head = 0
 n_embd = 0
 block_size = 0
@@ -15,7 +15,7 @@ max_iters = 0
 batch_size = 32
 
 optimizer = 'muon'
-learning_rate = 0.0
+learning_rate = 8e-3
 schedule = 'linear'
 min_lr = 0.0
 warmup_iters = 20
