@@ -1108,7 +1108,8 @@ def from_nanogpt(contents, path):
     config = GPTConfig(**{**said, 'vocab_size': 50257, 'dropout': 0.0})
     weights = {re.sub(r'^(_orig_mod\.)?transformer\.', '', name): w for name, w in contents['model'].items()
                if not name.endswith('lm_head.weight')}
-    facts = dict(tokenizer=GPT2, step=contents['iter_num'], dataset=contents['config'].get('dataset', ''))
+    facts = dict(tokenizer=GPT2, step=contents.get('iter_num', 0),
+                 dataset=contents.get('config', {}).get('dataset', ''))
     return imported(path, config, weights, facts)
 
 

@@ -563,7 +563,8 @@ def check_data(dataset, meta, wanted):
                 pass
             same = digest.hexdigest() == meta['source']['sha256']
         if not same:
-            raise ValueError(f'data/{dataset}: {key} {has[key]} differs from {value}; name another dataset')
+            how = 'has changed' if has[key] == value else f'differs from {value}'
+            raise ValueError(f'data/{dataset}: {key} {has[key]} {how}; prepare it or name another dataset')
 
 
 if __name__ == '__main__':

@@ -89,7 +89,7 @@ with contextlib.suppress(ImportError):  # Windows has none
 while True:
     try:
         # where stdout is no terminal it gets the texts alone, so input() asks on stderr
-        with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
+        with contextlib.redirect_stdout(sys.stdout if sys.stdout and sys.stdout.isatty() else sys.stderr):
             prompt, start = start or input('Prompt> '), ''  # a prompt that was given comes first
     except (EOFError, KeyboardInterrupt) as leaving:
         sys.exit(130 if isinstance(leaving, KeyboardInterrupt) else 0)

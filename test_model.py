@@ -1980,7 +1980,7 @@ def test_windows_have_the_order_of_earlier_runs(shift, T=8, count=8009):
 def test_windows_of_ten_billion_tokens_have_a_small_table():
     windows = train.Windows(np.broadcast_to(np.uint16(0), 10**10), 1024, 'cpu', shift=True)
     with tracing() as peak:
-        windows.batch(windows.count - 1, 2)  # over the end of an epoch, where its table and the next are there
+        windows.batch(windows.count - 1, 2)  # over an epoch's end, where its table and the next are there
         assert windows.count == 9_765_624 and peak() < 200e6
 
 
@@ -2291,6 +2291,32 @@ def test_train_saves_at_a_signal(folder, phase, number, monkeypatch):
     assert words in process.stderr and 'Traceback' not in process.stderr, process.stderr
     done(run('train.py', *args, cwd=folder))
     same_run(folder / 'out/tiny', folder / 'out' / out)
+
+
+def test_train_saves_when_its_terminal_closes(folder, monkeypatch):
+    """SIGHUP comes twice then, and stdout takes no more lines."""
+    real, calls = GPT.forward, []
+
+    def closing(*args, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+            print('to nobody')
+        return real(*args, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, 'forward', closing)
+        process = run('train.py', *TINY_RUN, '--out_dir=out/hangup', cwd=folder)
+    assert process.returncode == 129 and 'SIGHUP at step 2' in process.stderr, process.stderr
+    assert 'to nobody' not in process.stdout and read(folder / 'out/hangup/ckpt.pt')['step'] == 2
+
+
+def test_train_says_that_the_text_of_its_data_has_changed(folder):
+    (folder / 'edited.txt').write_text(corpus(3000))
+    args = [*TINY_RUN, '--dataset=edited', '--input=edited.txt', '--out_dir=', '--max_iters=2']
+    done(run('train.py', *args, cwd=folder))
+    (folder / 'edited.txt').write_text(corpus(3001))
+    one_line(run('train.py', *args, cwd=folder), 2, 'input edited.txt has changed')
 
 
 @pytest.mark.parametrize('failing', ['the first two', 'ckpt.pt'])

@@ -297,7 +297,8 @@ if __name__ == '__main__':
         LIMITS, device=pick_device, batch_size=(1, 2**16), gradient_accumulation_steps=(1, 2**16),
         optimizer=('adamw', 'muon'), learning_rate=(0, 1e3), beta1=(0, 0.999999), beta2=(0, 0.99999999),
         schedule=('cosine', 'onecycle', 'linear', 'constant'),
-        eval_iters=(1,), dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False')),
+        max_iters=(0, 10**9), eval_iters=(1,), dtype=('auto', 'float32', 'bfloat16', 'float16'),
+        compile=('auto', 'True', 'False')),
         'lower --batch_size and raise --gradient_accumulation_steps, or give --gradient_checkpointing')
 
     # -- the run: a new one, the one in out_dir, or one that starts from another model -----------------------
@@ -502,7 +503,7 @@ if __name__ == '__main__':
         pending.clear()
         for step, (loss, norm) in enumerate(values, state['step'] - len(values) + 1):
             if not math.isfinite(loss) or not (scaler.is_enabled() or math.isfinite(norm)):
-                fail(f'loss {loss}, norm {norm}, step {step}: diverged; resume with a lower --learning_rate')
+                fail(f'loss {loss}, norm {norm}, step {step}: diverged; try a lower --learning_rate')
             state.update(first_loss=state['first_loss'] or loss, best_loss=min(state['best_loss'], loss),
                          recent=(state['recent'] + [loss])[-min(epoch_steps, 100):], grad_norm=norm,
                          passed={str(mark): step for mark in milestones if loss < mark} | state['passed'],
@@ -566,6 +567,9 @@ if __name__ == '__main__':
     def catch(number, frame):
         """Note the first signal, for the loop to save and end; a second one ends the process at once."""
         caught.append(number)
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # `| tee` or the terminal may have ended too
+        if hasattr(signal, 'SIGHUP'):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes may send two
         on_signals(signal.SIG_DFL)
 
     # -- the banner ------------------------------------------------------------------------------------------
