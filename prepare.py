@@ -564,7 +564,7 @@ def check_data(dataset, meta, wanted):
             same = digest.hexdigest() == meta['source']['sha256']
         if not same:
             how = 'has changed' if has[key] == value else f'differs from {value}'
-            raise ValueError(f'data/{dataset}: {key} {has[key]} {how}; prepare it or name another dataset')
+            raise ValueError(f'data/{dataset}: {key} {has[key]} {how}; run prepare.py or name a new dataset')
 
 
 if __name__ == '__main__':

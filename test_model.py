@@ -1386,6 +1386,12 @@ def test_load_reads_nanogpts_checkpoints(tmp_path, bias):
     one_line(process, 1, 'no checkpoint of a run')
 
 
+def test_load_reads_a_nanogpt_file_of_weights_and_shape_alone(tmp_path):
+    contents = nanogpt()[0]
+    torch.save({key: contents[key] for key in ('model', 'model_args')}, tmp_path / 'ckpt.pt')
+    assert load(tmp_path / 'ckpt.pt')[1]['step'] == 0
+
+
 def test_load_refuses_nanogpts_characters(tmp_path):
     torch.save(nanogpt(vocab_size=65)[0], tmp_path / 'ckpt.pt')
     one_line(run('sample.py', '--checkpoint=ckpt.pt', cwd=tmp_path), 1, "65 tokens that are not GPT-2's")
@@ -2124,6 +2130,7 @@ def test_train_lowers_the_loss_with_each(choice, folder):
 @pytest.mark.parametrize('args, status, words', [
     ('--learning_rat=1', 2, ['learning_rate']),
     ('--max_iters=many', 2, ['int']),
+    ('--max_iters=1000000001', 2, ['at most 1000000000']),
     ('--n_head=3', 2, ['n_embd', 'n_head']),
     ('--n_embd=100000000000', 1, ['out of memory', '--batch_size']),
     ('--dropout=1', 2, ['dropout']),
