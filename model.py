@@ -809,11 +809,10 @@ def borrowed_graph(model, texts, positions, options, compile, steps):
         return
     made_for = model, texts, math.ceil(positions / 64) * 64, options, compile  # few different ones
     kind = *made_for[1:], model.wpe.weight.data_ptr()  # the weights may have moved
-    kept = GRAPHS.setdefault(model, {})
     with CAPTURING:
-        if kind not in kept:
-            kept.clear()
-        idle = kept.setdefault(kind, [])
+        if kind not in GRAPHS.get(model, ()):
+            GRAPHS[model] = {kind: []}  # those of another kind go
+        idle = GRAPHS[model][kind]
         graph = idle.pop() if idle else or_none(graph_of, *made_for)
     try:
         yield graph
