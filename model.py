@@ -192,15 +192,14 @@ class Int8Linear(nn.Module):
 
     def pack(self, table=False):
         """This layer, with its weights prepared for the chip's kernel, or as floats if that is faster."""
-        kernel = INT8 if self.weight.numel() >= SMALL_MATRIX else 'float'
-        if kernel == 'float':
+        if INT8 == 'float' or self.weight.numel() < SMALL_MATRIX:
             self.packed = self.rows()
-        elif kernel == 'fbgemm':
+        elif INT8 == 'fbgemm':
             zeros = torch.zeros(len(self.scale), dtype=torch.long)
             warnings.filterwarnings('ignore', 'torch.quantize_per_tensor')  # torch plans to drop them
             q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
             self.packed = torch.ops.quantized.linear_prepack(q, None)
-        if kernel != 'int_mm' and not table:  # the token table keeps its integers, for rows()
+        if self.packed is not None and not table:  # the token table keeps its integers, for rows()
             self.weight = None
         return self
 
