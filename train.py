@@ -160,8 +160,6 @@ class Windows:
     def __init__(self, tokens, T, device, seed=0, shift=False):
         self.tokens, self.T, self.device, self.seed, self.shift = tokens, T, device, seed, shift
         self.count = (len(tokens) - 1) // T  # windows an epoch
-        on_gpu = device.startswith('cuda') and len(tokens) < 2**29  # then a step copies the starts only
-        self.source = torch.from_numpy(np.int32(tokens)).to(device) if on_gpu else None
 
     @functools.lru_cache(maxsize=1)
     def starts(self, epoch):
@@ -180,15 +178,11 @@ class Windows:
 
     def at(self, starts):
         """Inputs and targets, each (B, T), on the device, of the windows that begin at `starts` (B,)."""
-        ids = np.array(starts)[:, None]
-        if self.source is None:
-            ids = self.tokens[ids + np.arange(self.T + 1)].astype(np.int64)  # (B, T + 1)
-        ids = torch.from_numpy(ids)
+        ids = self.tokens[np.array(starts)[:, None] + np.arange(self.T + 1)]  # (B, T + 1)
+        ids = torch.from_numpy(ids.astype(np.int64))
         if self.device.startswith('cuda'):
             ids = ids.pin_memory()  # or each step would wait for the GPU
         ids = ids.to(self.device, non_blocking=ids.is_pinned())
-        if self.source is not None:
-            ids = self.source[ids + torch.arange(self.T + 1, device=ids.device)].long()
         return ids[:, :-1], ids[:, 1:].contiguous()
 
 
