@@ -188,15 +188,6 @@ class Windows:
 
 # -- what is measured ----------------------------------------------------------------------------------------
 
-def agree(loss, signalled, late):
-    """(mean loss of all ranks, (whether any was signalled, whether any is late)), in one exchange."""
-    if not dist.is_initialized():
-        return loss, (signalled, late)
-    sums = torch.stack([loss, torch.full_like(loss, signalled), torch.full_like(loss, late)])
-    dist.all_reduce(sums)
-    return sums[0] / dist.get_world_size(), sums[1:]
-
-
 # Dense 16-bit tensor FLOP/s by the name that torch gives, from NVIDIA's data sheets; halves of the sparse
 # figures. The GeForce card: the whitepaper's figure for float32 accumulation.
 PEAK_FLOPS = {
@@ -462,7 +453,7 @@ if __name__ == '__main__':
 
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
-    caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; what agree() returned
+    caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; see the loop's end
     # files to be written yet: at first best.pt, if a resumed run's weights are the best
     unsaved = {'best.pt'} if state['losses'] and state['step'] == state['best_val_step'] else set()
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
@@ -641,7 +632,11 @@ if __name__ == '__main__':
         step_together(optimizers, scaler, norm)
         if kind == 'cpu' or ranks == 1 or step % 10 == 0:  # reading them waits for a GPU
             signalled, over = map(bool, flags)  # of the step before
-        loss, flags = agree(loss, bool(caught), 0 < max_minutes < (time.time() - began) / 60)
+        flags = bool(caught), 0 < max_minutes < (time.time() - began) / 60
+        if ranks > 1:
+            sums = torch.stack([loss, *(torch.full_like(loss, flag) for flag in flags)])
+            dist.all_reduce(sums)
+            loss, *flags = sums / ranks  # the mean loss; a flag is over 0 if any rank has it
         pending.append((loss, norm))
         state['step'] += 1
         state['tokens'] += windows_per_step * T
