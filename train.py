@@ -454,20 +454,18 @@ if __name__ == '__main__':
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
     caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; see the loop's end
-    # files to be written yet: at first best.pt, if a resumed run's weights are the best
-    unsaved = {'best.pt'} if state['losses'] and state['step'] == state['best_val_step'] else set()
+    unsaved = set()  # names of the files whose last write failed
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
     def tried(name, write, *args, **more):
         """Write one of the run's files; if that fails, say so and go on: the next interval tries again."""
-        if not (master and out_dir):
-            return
-        unsaved.add(name)
-        try:
-            write(files[name], *args, **more)
-            unsaved.remove(name)
-        except OSError as error:
-            print(f"step {state['step']:,}: {error}", file=errors)
+        unsaved.discard(name)
+        if master and out_dir:
+            try:
+                write(files[name], *args, **more)
+            except OSError as error:
+                unsaved.add(name)
+                print(f"step {state['step']:,}: {error}", file=errors)
 
     def keep(name, **more):
         """Write one of the run's model files; see save()."""
@@ -540,14 +538,13 @@ if __name__ == '__main__':
         return total.item() / len(parts)
 
     def judge(step, losses):
-        """Print and note the losses of an evaluation; keep the weights if they are the best so far."""
+        """Print and note the losses of an evaluation, and whether they are the best so far."""
         val_loss, better = losses['val_loss'], losses['val_loss'] < state['best_val']
         print(f"evaluation at step {step:,}: train {losses['train_loss']:.4f}, validation {val_loss:.4f}, "
               f"{losses['val_bpb']:.3f} bits per byte{', the best so far' if better else ''}", flush=True)
         state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
         if better:
             state.update(best_val=val_loss, best_val_step=step)
-            keep('best.pt', losses=losses)
 
     def catch(number, frame):
         """Note the first signal, for the loop to save and end; a second one ends the process at once."""
@@ -598,7 +595,7 @@ if __name__ == '__main__':
             last_time, last_tokens = now, state['tokens']
         elif kind == 'cpu' and step == first_step + 3 and now - began > 10:
             print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
-        if 'best.pt' in unsaved and step == state['best_val_step']:  # the next step changes the weights
+        if state['best_val'] < math.inf and step == state['best_val_step']:  # now, or the run goes on from it
             keep('best.pt', losses=state['losses'])
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
