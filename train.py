@@ -548,9 +548,8 @@ if __name__ == '__main__':
         """Note the first signal, for the loop to save and end; a second one ends the process at once."""
         caught.append(number)
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # `| tee` or the terminal may have ended too
-        if hasattr(signal, 'SIGHUP'):
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes may send two
-        on_signals(signal.SIG_DFL)
+        for deadly in (signal.SIGINT, signal.SIGTERM):  # not SIGHUP: a terminal that closes may send two
+            signal.signal(deadly, signal.SIG_DFL)
 
     # -- the banner ------------------------------------------------------------------------------------------
     limit = f', {peak / 1e12:.3g} TFLOP/s at most' if peak else ''
