@@ -499,12 +499,12 @@ if __name__ == '__main__':
               f'{left} left', flush=True)
         row = dict(step=step, loss=loss, grad_norm=state['grad_norm'], lr=f'{lr:.6e}', train_loss='',
                    val_loss='', tokens_per_s=speed, seconds=state['seconds'], val_bpb='') | losses
-        if master and out_dir:
-            state['rows'].append({key: f'{x:.6f}' if type(x) is float else str(x) for key, x in row.items()})
-            tried('log.csv', write_rows)
+        row = {key: f'{x:.6f}' if type(x) is float else str(x) for key, x in row.items()}
+        tried('log.csv', write_rows, row)
 
-    def write_rows(path):
-        """Append to log.csv the rows that are not there yet: the last one, and those before that failed."""
+    def write_rows(path, *new):
+        """Append to log.csv the new rows, and those before that could not be written."""
+        state['rows'] += new
         if state['rows']:
             with open(path, 'a+', encoding='utf-8', newline='\n') as f:
                 # cut off half a row, where the disk was full, and the rows after a resumed run's checkpoint
