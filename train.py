@@ -281,9 +281,8 @@ if __name__ == '__main__':
     settings = configure(globals(), dict(
         LIMITS, device=pick_device, batch_size=(1, 2**16), gradient_accumulation_steps=(1, 2**16),
         optimizer=('adamw', 'muon'), learning_rate=(0, 1e3), beta1=(0, 0.999999), beta2=(0, 0.99999999),
-        schedule=('cosine', 'onecycle', 'linear', 'constant'),
-        max_iters=(0, 10**9), eval_iters=(1,), dtype=('auto', 'float32', 'bfloat16', 'float16'),
-        compile=('auto', 'True', 'False')),
+        schedule=('cosine', 'onecycle', 'linear', 'constant'), max_iters=(0, 10**9), eval_iters=(1,),
+        dtype=('auto', 'float32', 'bfloat16', 'float16'), compile=('auto', 'True', 'False')),
         'lower --batch_size and raise --gradient_accumulation_steps, or give --gradient_checkpointing')
 
     # -- the run: a new one, the one in out_dir, or one that starts from another model -----------------------
