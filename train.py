@@ -354,8 +354,9 @@ if __name__ == '__main__':
     if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first to come sets it
         fail(f'rank {rank} has other settings, other data or another run than the first; give all the same')
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
+        # a strong weight decay is for new weights
         taken = {key: value for key, value in settings_for(len(train_tokens), n_embd).items()
-                 if not settings[key] or key == 'weight_decay' and not source}  # a strong one is for new weights
+                 if not settings[key] or key == 'weight_decay' and not source}
         merge(settings, globals(), taken, (), '')
         print(f'chosen for {len(train_tokens):,} training tokens: {n_layer} layers, {n_head} heads, width '
               f'{n_embd}, {block_size} positions, dropout {dropout}, decay {weight_decay}, {max_iters} steps')
