@@ -133,7 +133,8 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
     return rates[schedule], beta1
 
 
-# training tokens from which on: layers, width, positions, dropout, weight decay, steps of 32 windows
+# what a text's size chooses, and the values from so many training tokens on; a step here is 32 windows
+CHOSEN = 'n_layer', 'n_embd', 'block_size', 'dropout', 'weight_decay', 'max_iters'
 SIZES = {1_000_000: (4, 128, 128, 0.0, 0.1, 1000), 150_000: (4, 192, 64, 0.1, 0.1, 1150),
          100_000: (4, 192, 64, 0.2, 0.5, 600), 0: (2, 128, 64, 0.2, 1.0, 400)}
 
@@ -145,11 +146,9 @@ def settings_for(tokens, width=0):
     (https://arxiv.org/abs/2305.16264). For a large one the time is the limit: a wider model would see fewer
     tokens (https://arxiv.org/abs/2203.15556).
     """
-    n_layer, n_embd, T, dropout, decay, steps = next(SIZES[least] for least in SIZES if tokens >= least)
-    width = width or n_embd
-    n_head = math.gcd(width, max(width // 64, 1))
-    return dict(n_layer=n_layer, n_head=n_head, n_embd=width, block_size=T, dropout=dropout,
-                weight_decay=decay, max_iters=steps)
+    chosen = dict(zip(CHOSEN, next(SIZES[least] for least in SIZES if tokens >= least)))
+    width = width or chosen['n_embd']
+    return {**chosen, 'n_embd': width, 'n_head': math.gcd(width, max(width // 64, 1))}
 
 
 # -- batches -------------------------------------------------------------------------------------------------
