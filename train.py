@@ -591,7 +591,7 @@ if __name__ == '__main__':
             last_time, last_tokens = now, state['tokens']
         elif kind == 'cpu' and step == first_step + 3 and now - began > 10:
             print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
-        if state['best_val'] < math.inf and step == state['best_val_step']:  # now, or the run goes on from it
+        if state['best_val'] < math.inf and step == state['best_val_step']:  # judged now, or resumed here
             keep('best.pt', losses=state['losses'])
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
