@@ -266,11 +266,8 @@ def read_text(path, digest=None):
         raise ValueError(f'{name}: not UTF-8 at byte {done + error.start:,}; convert it by iconv') from None
 
 
-def read_json_lines(path, joiner, digest=None):
-    """Yield the `text` of each line of a .jsonl file, and `joiner` between two.
-
-    Raises ValueError with the number of a line that has none.
-    """
+def read_json_lines(path, digest=None):
+    """Yield the `text` of each line of a .jsonl file, in a list. Raises ValueError for a line that has none."""
     for number, line in enumerate(read_bytes(path, digest, lines=True), 1):
         if not line.strip():
             continue
@@ -279,9 +276,7 @@ def read_json_lines(path, joiner, digest=None):
             text.encode()  # raises ValueError for half of a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; mend it') from None
-        if number > 1:
-            yield joiner
-        yield text
+        yield [text]
 
 
 def read_documents(files, tokenizer, digest=None):
@@ -289,14 +284,12 @@ def read_documents(files, tokenizer, digest=None):
 
     A document is a file, or a line's `text` in a .jsonl or .jsonl.gz file.
     """
-    joiner = '\n' if tokenizer == 'char' else None
-    for path in files:
-        if path != files[0]:
-            yield joiner
-        if path.endswith(('.jsonl', '.jsonl.gz')):
-            yield from read_json_lines(path, joiner, digest)
-        else:
-            yield from read_text(path, digest)
+    documents = (read_json_lines(path, digest) if path.endswith(('.jsonl', '.jsonl.gz'))
+                 else [read_text(path, digest)] for path in files)
+    for number, document in enumerate(itertools.chain.from_iterable(documents)):
+        if number:
+            yield '\n' if tokenizer == 'char' else None
+        yield from document
 
 
 def split_at(cut, blocks):
