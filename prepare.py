@@ -267,7 +267,7 @@ def read_text(path, digest=None):
 
 
 def read_json_lines(path, digest=None):
-    """Yield the `text` of each line of a .jsonl file, in a list. Raises ValueError for a line that has none."""
+    """Yield a list of the `text` of each line of a .jsonl file. Raises ValueError for a line without one."""
     for number, line in enumerate(read_bytes(path, digest, lines=True), 1):
         if not line.strip():
             continue
@@ -293,7 +293,10 @@ def read_documents(files, tokenizer, digest=None):
 
 
 def split_at(cut, blocks):
-    """Yield ('train', block) for the first `cut` characters of the blocks, ('val', block) for the rest."""
+    """Yield ('train', block) for the first `cut` characters of the blocks, ('val', block) for the rest.
+
+    Pieces of cut_exactly() stay pieces of either split's text, which ends or begins at the cut.
+    """
     position = 0
     for block in blocks:
         if block is None and position:  # no document ends before the first character
@@ -325,7 +328,7 @@ def cut_exactly(blocks):
 
 
 def write_splits(folder, tokenizer, pairs, special_tokens, total):
-    """Encode pairs of a split and a block, all of train first, into files of uint16; `total` is their bytes.
+    """Encode pairs of a split and a piece, all of train first, into files of uint16; `total` is their bytes.
 
     Prints the progress. Returns what meta.json says about the splits: {'tokens': {split: its number of ids},
     'bytes': {split: the bytes of its text}, 'sha256': {split: the file's}}.
@@ -341,10 +344,9 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
     digests = defaultdict(hashlib.sha256)
     began = shown = time.time()
     for split, pairs_of_split in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        pieces = cut_exactly(block for _, block in pairs_of_split)
         # threads, because tiktoken releases the GIL; a few pieces ahead, because all would fill the memory
         with open(f'{folder}/{split}.bin', 'wb') as f, ThreadPoolExecutor(cores) as pool:
-            jobs = (pool.submit(encode, piece) for piece in pieces)
+            jobs = (pool.submit(encode, piece) for _, piece in pairs_of_split)
             ahead = deque(itertools.islice(jobs, 4 * cores))
             while ahead:
                 ids = ahead.popleft().result()
@@ -465,11 +467,11 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     tok = get_tokenizer(known or {'name': tokenizer, 'characters': found})
     tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
 
-    folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, tokenizer))
+    folder, pieces = os.path.join('data', dataset), cut_exactly(read_documents(files, tokenizer))
     with replacing_files(folder, ('train.bin', 'meta.json', 'val.bin')) as new:
         if not replace and os.path.exists(f'{folder}/train.bin'):
             raise ValueError(f'{folder}: another process has just prepared it; start again')
-        written = write_splits(new, tok, pairs, special_tokens, size)
+        written = write_splits(new, tok, split_at(cut, pieces), special_tokens, size)
         source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
                   'bytes': sum(map(os.path.getsize, files))}
         meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
