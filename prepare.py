@@ -60,6 +60,7 @@ class BPETokenizer:
                              f'tokens, or not each single byte; get its file again, for gpt2 {VOCABULARY}')
         self.encoding = tiktoken.Encoding(meta['name'], pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                           special_tokens={ENDOFTEXT: self.eot})
+        self.decode_bytes = self.encoding.decode_bytes  # ids -> UTF-8, which may begin or end in a character
 
     def encode(self, text, special_tokens=False):
         """Text -> list of ids. With special_tokens the text <|endoftext|> becomes the id eot.
@@ -72,10 +73,6 @@ class BPETokenizer:
         if len(text) < 100_000:
             return self.encoding.encode_ordinary(text)
         return [id for part in LONG_RUN_END.split(text) for id in self.encoding.encode_ordinary(part)]
-
-    def decode_bytes(self, ids):
-        """Ids -> UTF-8 bytes, which may begin or end inside a character."""
-        return self.encoding.decode_bytes(ids)
 
 
 class CharTokenizer:
