@@ -186,11 +186,10 @@ class TextStream:
         self.ids.append(id)
         if id == self.tokenizer.eot:
             self.ended = 'end of text'
-            return self.finish()
+            return
         self.held += self.decoder.decode(self.tokenizer.decode_bytes([id]))
         if self.stop and self.stop in self.held:
             self.ended, self.held = 'stop string', self.held[:self.held.index(self.stop)]
-            return self.finish()
         # the rest may be the beginning of `stop`, so it is held back
         sure = next(i for i in range(len(self.held) + 1) if self.stop.startswith(self.held[i:]))
         self.text, self.held = self.text + self.held[:sure], self.held[sure:]
