@@ -56,8 +56,7 @@ class BPETokenizer:
         self.eot = self.start = len(tokens)
         ranks = {base64.b64decode(token): id for id, token in enumerate(tokens)}
         if len(ranks) != meta['vocab_size'] - 1 or not ranks.keys() >= {bytes([i]) for i in range(256)}:
-            raise ValueError(f"the {meta['name']} vocabulary is damaged: not {meta['vocab_size'] - 1:,} "
-                             f'tokens, or not each single byte; get its file again, for gpt2 {VOCABULARY}')
+            raise ValueError(f"the {meta['name']} vocabulary is damaged; get it again (gpt2: {VOCABULARY})")
         self.encoding = tiktoken.Encoding(meta['name'], pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                           special_tokens={ENDOFTEXT: self.eot})
         self.decode_bytes = self.encoding.decode_bytes  # ids -> UTF-8, which may begin or end in a character
