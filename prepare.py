@@ -509,17 +509,16 @@ def load_data(dataset):
         raise ValueError(f'{folder}: its characters are in a meta.pkl, which is not read; prepare it again')
     for split in ('train', 'val'):
         path = f'{folder}/{split}.bin'
+        size = os.path.getsize(path) if os.path.exists(path) else 0
         # a val.bin that meta.json does not name is left of a preparation that was killed
-        here = os.path.exists(path) and split in (counts or ('train', 'val'))
-        size = os.path.getsize(path) if here else 0
-        want = 2 * counts.get(split, size // 2)
-        if size != want or split == 'train' and not size:
+        want = 2 * counts.get(split, 0 if counts else size // 2)
+        if want and size != want or split == 'train' and not want:
             raise ValueError(f'{path}: {size:,} bytes instead of {want:,}; prepare it again with prepare.py')
-        splits.append(np.memmap(path, dtype='<u2', mode='r') if size else None)
+        splits.append(np.memmap(path, dtype='<u2', mode='r') if want else None)
         known = meta.get('sha256', {}).get(split)  # a file over 1 GB would take seconds
         if known and size <= 2**30 and hashlib.sha256(splits[-1]).hexdigest() != known:
             raise ValueError(f'{path}: damaged: not the ids that prepare.py wrote; prepare it again')
-        if not known and size and splits[-1].max() >= meta['tokenizer']['vocab_size']:
+        if not known and want and splits[-1].max() >= meta['tokenizer']['vocab_size']:
             raise ValueError(f'{path}: has ids that are not in its vocabulary; prepare it again')
     return *splits, meta
 
