@@ -118,7 +118,7 @@ if __name__ == '__main__':
         fail(f'{path}: {config.quantized} already; name the model that it was made from')
     folder, stem = (path, 'model') if os.path.isdir(path) else os.path.split(os.path.splitext(path)[0])
     if not os.path.exists(checkpoint):  # from the Hub: write to out/, not into its cache
-        folder, stem = os.path.join('out', os.path.basename(checkpoint)), 'model'
+        folder = os.path.join('out', os.path.basename(checkpoint))
         os.makedirs(folder, exist_ok=True)
     target = os.path.join(folder, 'hf' if format == 'hf' else f"{stem.replace('ckpt', 'model')}_{kind}.pt")
 
