@@ -69,9 +69,8 @@ class BPETokenizer:
         """
         if special_tokens:  # no document ends after the last <|endoftext|>
             return [id for part in text.split(ENDOFTEXT) for id in (*self.encode(part), self.eot)][:-1]
-        if len(text) < 100_000:
-            return self.encoding.encode_ordinary(text)
-        return [id for part in LONG_RUN_END.split(text) for id in self.encoding.encode_ordinary(part)]
+        parts = LONG_RUN_END.split(text) if len(text) > 100_000 else [text]
+        return [id for part in parts for id in self.encoding.encode_ordinary(part)]
 
 
 class CharTokenizer:
