@@ -1577,7 +1577,7 @@ def test_prepare_takes_lines_of_json(tmp_path, monkeypatch, packed):
     opened = gzip.open if packed else open
     os.mkdir('texts')
     with opened('texts/a.jsonl' + '.gz' * packed, 'wt', encoding='utf-8') as f:
-        f.write('{"text": "two\\nlines", "id": 1}\n{"text": "\\u00e9\\ud83c\\udfad"}')
+        f.write('\n{"text": "two\\nlines", "id": 1}\n{"text": "\\u00e9\\ud83c\\udfad"}')
     with opened('texts/b.txt' + '.gz' * packed, 'wt', encoding='utf-8') as f:
         f.write('plain')
     prepare('texts', 'mixed', val_fraction=0.0)
