@@ -43,7 +43,6 @@ keep_freed_memory()
 os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1')
 import gradio as gr  # noqa: E402  (Gradio reads these variables when it is imported)
 import pandas  # noqa: E402  (Gradio brings it)
-from starlette.middleware import Middleware  # noqa: E402
 
 chip = pick_device(device)
 home = download(checkpoint or os.environ.get('FOLIO_CHECKPOINT') or 'out')  # where the models are
@@ -301,21 +300,6 @@ CSS = '''
 #status .error { display: none }  /* Gradio says "Error" after some Stops; real ones come as a message too */
 '''
 
-
-def bounded(app):
-    """Cut off a request larger than any prompt: Gradio would keep it in memory for the visitor's session."""
-    async def call(scope, receive, send):
-        left = 12 * max_prompt + 20_000  # JSON may need 12 bytes for a character
-
-        async def counted():
-            nonlocal left
-            message = await receive()
-            left -= len(message.get('body', b''))
-            return message if left >= 0 else {'type': 'http.disconnect'}
-        await app(scope, counted, send)
-    return call
-
-
 quietly = dict(api_visibility='private', show_progress='hidden', queue=False)
 in_turn = dict(concurrency_id='generate', concurrency_limit=at_once)
 
@@ -363,7 +347,8 @@ if __name__ == '__main__':
         page.launch(server_name=host or None, server_port=port if 'port' in given else None, share=share,
                     auth=tuple(login.split(':', 1)) if login else None, theme=theme, css=CSS,
                     footer_links=['api'], show_error=True, max_file_size=1, ssr_mode=False,
-                    state_session_capacity=256, app_kwargs=dict(middleware=[Middleware(bounded)]),
+                    # Gradio keeps requests in memory for the session; JSON may need 12 bytes for a character
+                    state_session_capacity=256, app_kwargs=dict(max_body_size=12 * max_prompt + 20_000),
                     _frontend=False)  # else Gradio gives up where its page takes three seconds to answer
     except SystemExit as leaving:  # of a signal; a text in progress would abort a process that leaves slowly
         for tunnel in gr.tunneling.CURRENT_TUNNELS:  # of --share
