@@ -329,7 +329,7 @@ with gr.Blocks(title='folio') as page:
     writing = gr.on([go.click, prompt.submit], show, [choice, prompt, seed, *sliders], [texts, line],
                     api_visibility='private', show_progress='minimal', show_progress_on=line, **in_turn)
     halt.click(None, cancels=writing).then(  # the last update may come after the click
-        lambda line: str(line).replace('writing', 'stopped'), line, line, **quietly)
+        lambda line: line and line.replace('writing', 'stopped'), line, line, **quietly)
     known = gr.State()
     gr.on([page.load, gr.Timer(3).tick, choice.change], look, [choice, known],
           [choice, about, losses, rates, source, known], **quietly)
