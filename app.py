@@ -15,7 +15,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 
 from config import configure, fail, given
@@ -127,7 +126,7 @@ def description(path, changed):
 
 def recited(ids, index, n):
     """Bools: which ids are part of n in a row that the training text, an Index, holds too."""
-    found = np.zeros(len(ids), dtype=bool)
+    found = torch.zeros(len(ids), dtype=torch.bool)
     for i in range(len(ids) - n + 1):
         found[i:i + n] |= index.holds(ids[i:i + n])
     return found
@@ -228,7 +227,7 @@ def updates(*inputs):
     for stream in state['streams']:
         found = recited(state['ids'] + stream.ids, state['index'], n)[len(state['ids']):]
         texts.append(highlighted(stream.ids, tokenizer, found))
-        shares.append(f'{found.mean():.0%}')
+        shares.append(f'{found.float().mean():.0%}')
     yield panels(state, texts), (
         f"{status(state)}<br>{', '.join(shares)} stands word for word in the training text (marked; "
         f'{n} tokens or more). Models of a small text recite it.')
