@@ -126,10 +126,9 @@ def description(path, changed):
 
 def recited(ids, index, n):
     """Bools: which ids are part of n in a row that the training text, an Index, holds too."""
-    found = torch.zeros(len(ids), dtype=torch.bool)
-    for i in range(len(ids) - n + 1):
-        found[i:i + n] |= index.holds(ids[i:i + n])
-    return found
+    held = [index.holds(ids[i:i + n]) for i in range(len(ids) - n + 1)]
+    # an id is part of the runs that begin at it or at one of the n - 1 before it
+    return torch.tensor([any(held[max(i - n + 1, 0):i + 1]) for i in range(len(ids))])
 
 
 def highlighted(ids, tokenizer, found):
