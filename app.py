@@ -135,9 +135,8 @@ def highlighted(ids, tokenizer, found):
     """HTML of the ids' text, the recited parts marked. A character of several tokens counts with its last."""
     stream, parts = TextStream(tokenizer), []
     for id, mark in zip(ids, found):
-        begin = len(stream.text)
         stream.feed(id)
-        text = html.escape(stream.text[begin:])
+        text, stream.text = html.escape(stream.text), ''  # what this id has added
         parts.append(f'<mark>{text}</mark>' if mark and text else text)
     return ''.join(parts).replace('</mark><mark>', '')
 
