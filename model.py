@@ -277,6 +277,8 @@ class Int4Linear(nn.Module):
         pack = torch._convert_weight_to_int4pack_for_cpu
         self.packed = torch.cat([pack(halves(part).int(), 1) for part in weight.split(4096)])
         self.scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1).bfloat16().contiguous()
+        if not table:
+            self.weight = self.scale = None
         return self
 
     def forward(self, x):
@@ -1099,16 +1101,20 @@ def from_hugging_face(folder):
 
 
 def from_nanogpt(contents, path):
-    """read()'s contents for a nanoGPT checkpoint. Raises ValueError if its vocabulary is not GPT-2's."""
-    said = contents['model_args']
-    if not 50257 <= said['vocab_size'] <= 50304:
-        raise ValueError(f"{path}: has {said['vocab_size']:,} tokens that are not GPT-2's; name another")
-    config = GPTConfig(**{**said, 'vocab_size': 50257, 'dropout': 0.0})
-    weights = {re.sub(r'^(_orig_mod\.)?transformer\.', '', name): w for name, w in contents['model'].items()
-               if not name.endswith('lm_head.weight')}
-    facts = dict(tokenizer=GPT2, step=contents.get('iter_num', 0),
-                 dataset=contents.get('config', {}).get('dataset', ''))
-    return imported(path, config, weights, facts)
+    """read()'s contents for a nanoGPT checkpoint. Raises ValueError if it is not whole, or not GPT-2's."""
+    try:
+        size = contents['model_args']['vocab_size']
+        if not 50257 <= size <= 50304:
+            raise ValueError(f"{path}: has {size:,} tokens that are not GPT-2's; name another")
+        config = GPTConfig(**{**contents['model_args'], 'vocab_size': 50257, 'dropout': 0.0})
+        # without flash attention nanoGPT saves its masks too, as attn.bias
+        weights = {re.sub(r'^(_orig_mod\.)?transformer\.', '', key): w for key, w in contents['model'].items()
+                   if not key.endswith(('lm_head.weight', '.attn.bias'))}
+        facts = dict(tokenizer=GPT2, step=contents.get('iter_num', 0),
+                     dataset=contents.get('config', {}).get('dataset', ''))
+        return imported(path, config, weights, facts)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: not a whole nanoGPT checkpoint ({one_line(error)}); name another') from None
 
 
 def imported(path, config, weights, facts):

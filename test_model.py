@@ -278,6 +278,7 @@ def nanogpt(**shape):
     made = GPT(GPTConfig(**{**WIDE, **shape})).eval()
     weights = {f'_orig_mod.transformer.{name}': w for name, w in made.state_dict().items()}
     weights['_orig_mod.lm_head.weight'] = weights['_orig_mod.transformer.wte.weight']
+    weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 96, 96)  # its mask
     arguments = dict(WIDE, bias=made.config.bias, vocab_size=len(made.wte.weight), dropout=0.1)
     return dict(model=weights, optimizer={'state': {}}, model_args=arguments, iter_num=30,
                 best_val_loss=torch.tensor(2.5), config={'dataset': 'shakespeare'}), made
@@ -1390,6 +1391,14 @@ def test_load_reads_a_nanogpt_file_of_weights_and_shape_alone(tmp_path):
     contents = nanogpt()[0]
     torch.save({key: contents[key] for key in ('model', 'model_args')}, tmp_path / 'ckpt.pt')
     assert load(tmp_path / 'ckpt.pt')[1]['step'] == 0
+
+
+@pytest.mark.parametrize('broken', [
+    {'model_args': {'vocab_size': 50257}}, {'model_args': {}, 'model': {}}, {'model': {}},
+    {'model_args': {'vocab_size': 50257, 'rotary': True}, 'model': {}}, {'model_args': None}], ids=str)
+def test_load_refuses_nanogpt_checkpoints_that_are_not_whole(tmp_path, broken):
+    torch.save({'model_args': nanogpt()[0]['model_args'], **broken}, tmp_path / 'ckpt.pt')
+    one_line(run('sample.py', '--checkpoint=ckpt.pt', cwd=tmp_path), 1, 'not a whole nanoGPT checkpoint')
 
 
 def test_load_refuses_nanogpts_characters(tmp_path):
