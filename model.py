@@ -1114,7 +1114,7 @@ def from_nanogpt(contents, path):
                      dataset=contents.get('config', {}).get('dataset', ''))
         return imported(path, config, weights, facts)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: not a whole nanoGPT checkpoint ({one_line(error)}); name another') from None
+        raise ValueError(f'{path}: no whole nanoGPT checkpoint ({one_line(error)}); name another') from None
 
 
 def imported(path, config, weights, facts):

@@ -1398,7 +1398,7 @@ def test_load_reads_a_nanogpt_file_of_weights_and_shape_alone(tmp_path):
     {'model_args': {'vocab_size': 50257, 'rotary': True}, 'model': {}}, {'model_args': None}], ids=str)
 def test_load_refuses_nanogpt_checkpoints_that_are_not_whole(tmp_path, broken):
     torch.save({'model_args': nanogpt()[0]['model_args'], **broken}, tmp_path / 'ckpt.pt')
-    one_line(run('sample.py', '--checkpoint=ckpt.pt', cwd=tmp_path), 1, 'not a whole nanoGPT checkpoint')
+    one_line(run('sample.py', '--checkpoint=ckpt.pt', cwd=tmp_path), 1, 'no whole nanoGPT checkpoint')
 
 
 def test_load_refuses_nanogpts_characters(tmp_path):
