@@ -462,7 +462,7 @@ if __name__ == '__main__':
                 write(files[name], *args, **more)
             except OSError as error:
                 unsaved.add(name)
-                print(f"step {state['step']:,}: {error}", file=errors)
+                print(f"step {state['step']:,}: {name}: {error}", file=errors)
 
     def keep(name, **more):
         """Write one of the run's model files; see save()."""
