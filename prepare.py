@@ -152,13 +152,14 @@ def hugging_face_tokenizer(tokenizer, context):
     A char vocabulary becomes a BPE without merges. `context` is the most tokens that the model can attend to.
     """
     import tokenizers
-    import transformers.convert_slow_tokenizer
+    import transformers
+    from transformers.convert_slow_tokenizer import TikTokenConverter  # the module, not its function
     settings = dict(model_max_length=context, clean_up_tokenization_spaces=False)
     if tokenizer.eot is None:
         fast = tokenizers.Tokenizer(tokenizers.models.BPE(tokenizer.ids, []))
         fast.decoder = tokenizers.decoders.Fuse()
         return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **settings)
-    converter = transformers.convert_slow_tokenizer.TikTokenConverter()
+    converter = TikTokenConverter()
     converter.load_tiktoken_bpe = lambda path: tokenizer.encoding._mergeable_ranks  # no file is read
     vocab, merges = converter.extract_vocab_merges_from_model('')
     vocab[ENDOFTEXT] = tokenizer.eot
