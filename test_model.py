@@ -373,6 +373,7 @@ def browser_on(page):
         browser = driver.chromium.launch(executable_path=chromium, args=[
             '--no-sandbox', '--disable-gpu', '--disable-background-networking'])
         view = browser.new_page(viewport={'width': 1280, 'height': 900})
+        view.set_default_timeout(100_000)  # milliseconds: other tests may share the cores
         errors, requests = [], []
         view.on('console', lambda message: errors.append(message.text) if message.type == 'error' else None)
         view.on('pageerror', lambda error: errors.append(str(error)))
