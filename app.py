@@ -326,7 +326,7 @@ with gr.Blocks(title='folio') as page:
     writing = gr.on([go.click, prompt.submit], show, [choice, prompt, seed, *sliders], [texts, line],
                     api_visibility='private', show_progress='minimal', show_progress_on=line, **in_turn)
     halt.click(None, cancels=writing).then(  # the last update may come after the click
-        lambda line: line and line.replace('writing', 'stopped'), line, line, **quietly)
+        lambda line: str(line or '').replace('writing', 'stopped'), line, line, **quietly)
     known = gr.State()
     gr.on([page.load, gr.Timer(3).tick, choice.change], look, [choice, known],
           [choice, about, losses, rates, source, known], **quietly)
@@ -344,8 +344,8 @@ if __name__ == '__main__':
         page.launch(server_name=host or None, server_port=port if 'port' in given else None, share=share,
                     auth=tuple(login.split(':', 1)) if login else None, theme=theme, css=CSS,
                     footer_links=['api'], show_error=True, max_file_size=1, ssr_mode=False,
-                    # Gradio keeps requests in memory for the session; JSON may need 12 bytes for a character
-                    state_session_capacity=256, app_kwargs=dict(max_body_size=12 * max_prompt + 20_000),
+                    # a limit, for Gradio keeps a request in memory; JSON may need 12 bytes for a character
+                    app_kwargs=dict(max_body_size=12 * max_prompt + 20_000), state_session_capacity=256,
                     _frontend=False)  # else Gradio gives up where its page takes three seconds to answer
     except SystemExit as leaving:  # of a signal; a text in progress would abort a process that leaves slowly
         for tunnel in gr.tunneling.CURRENT_TUNNELS:  # of --share

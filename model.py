@@ -554,7 +554,7 @@ class GPT(nn.Module):
             cache, seen, replay = graph or (self.new_cache(len(text), positions), seen, None)
             seen.zero_().scatter_(1, text, True)
             for written in range(max_new_tokens):
-                # a draft that is right is in the cache already; after a wrong one the last branch drafts anew
+                # a right draft's logits are here already; after a wrong one the last branch drafts again
                 if drafted and ids.item() == drafted.pop(0):
                     logits, T = logits[:, 1:], T + 1
                 elif written == 0:  # each prompt runs once, then is copied to its texts
@@ -812,7 +812,7 @@ def borrowed_graph(model, texts, positions, options, compile, steps):
     kind = *made_for[1:], model.wpe.weight.data_ptr()  # the weights may have moved
     with CAPTURING:
         if kind not in GRAPHS.get(model, ()):
-            GRAPHS[model] = {kind: []}  # those of another kind go
+            GRAPHS[model] = {kind: []}  # drops the idle graphs of another kind
         idle = GRAPHS[model][kind]
         graph = idle.pop() if idle else or_none(graph_of, *made_for)
     try:
@@ -991,7 +991,7 @@ def find(path):
     newest = max(filter(os.path.exists, runs), key=os.path.getmtime, default=None)
     if newest:
         return find(os.path.dirname(newest))
-    raise FileNotFoundError(f'{path}: no model there; name another, or run train.py config/quickstart.py')
+    raise FileNotFoundError(f'{path or "(empty)"}: no model; name one, or run train.py config/quickstart.py')
 
 
 def download(path):
@@ -1101,7 +1101,7 @@ def from_hugging_face(folder):
 
 
 def from_nanogpt(contents, path):
-    """read()'s contents for a nanoGPT checkpoint. Raises ValueError if it is not whole, or not GPT-2's."""
+    """read()'s contents for a nanoGPT checkpoint. Raises ValueError if it is incomplete, or not GPT-2's."""
     try:
         size = contents['model_args']['vocab_size']
         if not 50257 <= size <= 50304:
@@ -1114,7 +1114,7 @@ def from_nanogpt(contents, path):
                      dataset=contents.get('config', {}).get('dataset', ''))
         return imported(path, config, weights, facts)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: no whole nanoGPT checkpoint ({one_line(error)}); name another') from None
+        raise ValueError(f'{path}: incomplete nanoGPT checkpoint ({one_line(error)}); name another') from None
 
 
 def imported(path, config, weights, facts):

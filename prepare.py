@@ -56,10 +56,10 @@ class BPETokenizer:
         self.eot = self.start = len(tokens)
         ranks = {base64.b64decode(token): id for id, token in enumerate(tokens)}
         if len(ranks) != meta['vocab_size'] - 1 or not ranks.keys() >= {bytes([i]) for i in range(256)}:
-            raise ValueError(f"the {meta['name']} vocabulary is damaged; get it again (gpt2: {VOCABULARY})")
+            raise ValueError(f"the {meta['name']} vocabulary is damaged (gpt2's is {VOCABULARY})")
         self.encoding = tiktoken.Encoding(meta['name'], pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                           special_tokens={ENDOFTEXT: self.eot})
-        self.decode_bytes = self.encoding.decode_bytes  # ids -> UTF-8, which may begin or end in a character
+        self.decode_bytes = self.encoding.decode_bytes  # ids -> UTF-8, perhaps cut inside a character
 
     def encode(self, text, special_tokens=False):
         """Text -> list of ids. With special_tokens the text <|endoftext|> becomes the id eot.
@@ -153,7 +153,7 @@ def hugging_face_tokenizer(tokenizer, context):
     """
     import tokenizers
     import transformers
-    from transformers.convert_slow_tokenizer import TikTokenConverter  # the module, not its function
+    from transformers.convert_slow_tokenizer import TikTokenConverter  # load() may put a function there
     settings = dict(model_max_length=context, clean_up_tokenization_spaces=False)
     if tokenizer.eot is None:
         fast = tokenizers.Tokenizer(tokenizers.models.BPE(tokenizer.ids, []))
@@ -262,7 +262,7 @@ def read_text(path, digest=None):
 
 
 def read_json_lines(path, digest=None):
-    """Yield a list of the `text` of each line of a .jsonl file. Raises ValueError for a line without one."""
+    """For each line of a .jsonl file yield [its `text`]. Raises ValueError for a line that has none."""
     for number, line in enumerate(read_bytes(path, digest, lines=True), 1):
         if not line.strip():
             continue
@@ -290,7 +290,7 @@ def read_documents(files, tokenizer, digest=None):
 def split_at(cut, blocks):
     """Yield ('train', block) for the first `cut` characters of the blocks, ('val', block) for the rest.
 
-    Pieces of cut_exactly() stay pieces of either split's text, which ends or begins at the cut.
+    Blocks may be cut_exactly()'s pieces: one that is cut in two here still gives the ids of either split.
     """
     position = 0
     for block in blocks:
@@ -380,7 +380,7 @@ class FolderLock:
 def replacing_files(folder, old):
     """The path of a new folder, whose files take the place of the files named `old` when the block ends.
 
-    The first of `old` goes first and comes last, so a folder that has it is complete. If anything fails, the
+    old[0] is removed first and put in place last, so a folder that has it is complete. If anything fails, the
     old files are put back; if that fails too, or after a kill, the next call does it. Raises OSError, or
     ValueError if another process writes there.
     """
@@ -510,7 +510,8 @@ def load_data(dataset):
     for split in ('train', 'val'):
         path = f'{folder}/{split}.bin'
         size = os.path.getsize(path) if os.path.exists(path) else 0
-        # a val.bin that meta.json does not name is left of a preparation that was killed
+        # a val.bin that meta.json does not name is left over from a preparation that was killed; without
+        # counts any even size is right
         want = 2 * counts.get(split, 0 if counts else size // 2)
         if want and size != want or split == 'train' and not want:
             raise ValueError(f'{path}: {size:,} bytes instead of {want:,}; prepare it again with prepare.py')

@@ -1232,7 +1232,7 @@ def test_find_takes_a_hub_id_and_without_the_hub_its_cache(hub, tmp_path):
     assert models == (load('me/folio')[1]['step'], load('gpt2')[0].config.n_embd)
     with pytest.raises(FileNotFoundError, match='me/other: .*not to be had from the Hub.*Connection refused'):
         find('me/other')
-    with pytest.raises(FileNotFoundError, match='no model there'):
+    with pytest.raises(FileNotFoundError, match='none: no model;'):
         find(str(tmp_path / 'none'))  # no id
 
 
@@ -1399,7 +1399,7 @@ def test_load_reads_a_nanogpt_file_of_weights_and_shape_alone(tmp_path):
     {'model_args': {'vocab_size': 50257, 'rotary': True}, 'model': {}}, {'model_args': None}], ids=str)
 def test_load_refuses_nanogpt_checkpoints_that_are_not_whole(tmp_path, broken):
     torch.save({'model_args': nanogpt()[0]['model_args'], **broken}, tmp_path / 'ckpt.pt')
-    one_line(run('sample.py', '--checkpoint=ckpt.pt', cwd=tmp_path), 1, 'no whole nanoGPT checkpoint')
+    one_line(run('sample.py', '--checkpoint=ckpt.pt', cwd=tmp_path), 1, 'incomplete nanoGPT checkpoint')
 
 
 def test_load_refuses_nanogpts_characters(tmp_path):
@@ -2378,6 +2378,20 @@ def test_train_resumed_writes_what_could_not_be_written(folder, failing, monkeyp
     best, ours = read(folder / 'out/tiny/best.pt'), read(out / 'best.pt')
     assert best['step'] == ours['step'] == 20
     assert all(torch.equal(w, ours['model'][name]) for name, w in best['model'].items())
+
+
+def test_train_deploys_no_older_best_than_the_one_it_reports(folder):
+    """The best weights, of step 20, could not be written, and best.pt has those of step 10."""
+    args = ['--out_dir=out/stale', '--init_from=auto', '--patience=9']
+    done(run('train.py', *TINY_RUN, *args, '--max_iters=10', cwd=folder))
+    os.mkdir(folder / 'out/stale/best.pt.tmp')
+    process = run('train.py', *TINY_RUN, *args, '--max_iters=22', cwd=folder)
+    assert process.returncode == 1 and 'best.pt could not be written to' in process.stderr
+    os.rmdir(folder / 'out/stale/best.pt.tmp')
+    process = done(run('train.py', *TINY_RUN, *args, '--max_iters=24', cwd=folder))
+    assert 'at step 20\n' in process.stdout and read(folder / 'out/stale/best.pt')['step'] == 10
+    last, deployed = (read(folder / f'out/stale/{name}.pt')['model'] for name in ('ckpt', 'model'))
+    assert all(torch.equal(w, last[name]) for name, w in deployed.items())
 
 
 def test_train_refuses_a_folder_where_another_run_has_just_been(folder, monkeypatch):

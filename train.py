@@ -133,7 +133,7 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
     return rates[schedule], beta1
 
 
-# what a text's size chooses, and the values from so many training tokens on; a step here is 32 windows
+# settings chosen by the text's size: {least training tokens: values}; a step here is 32 windows
 CHOSEN = 'n_layer', 'n_embd', 'block_size', 'dropout', 'weight_decay', 'max_iters'
 SIZES = {1_000_000: (4, 128, 128, 0.0, 0.1, 1000), 150_000: (4, 192, 64, 0.1, 0.1, 1150),
          100_000: (4, 192, 64, 0.2, 0.5, 600), 0: (2, 128, 64, 0.2, 1.0, 400)}
@@ -235,7 +235,7 @@ if __name__ == '__main__':
     vocab_size = 0                   # ids of a bpe vocabulary; 0 = 1,024 to 4,096 by the text's size
     val_fraction = 0.1               # share of the text kept for validation; 0 = none
     # model
-    n_layer = 12                     # blocks; 0 = by the text's size; so in the next three and max_iters
+    n_layer = 12                     # blocks; 0 = by the text's size, like the next three and max_iters
     n_head = 12                      # attention heads per block
     n_embd = 768                     # width, a multiple of n_head
     block_size = 1024                # positions that the model has, tokens
@@ -303,7 +303,7 @@ if __name__ == '__main__':
     if start == 'resume':
         source = resumable and read(files['ckpt.pt'])
         if not source or source['kind'] != 'checkpoint':
-            fail(f"{files['ckpt.pt']} is no checkpoint of a run; name a model by --init_from or leave it out")
+            fail(f"{files['ckpt.pt']} is no checkpoint of a run; use --init_from=auto, or another --out_dir")
         given.update(('out_dir', 'init_from', 'overwrite'))  # this command's, never the checkpoint's
         merge(settings, globals(), source['settings'], (*shape, 'dataset', 'tokenizer', 'optimizer'), out_dir)
     elif there and not replace:
@@ -353,7 +353,7 @@ if __name__ == '__main__':
     if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first to come sets it
         fail(f'rank {rank} has other settings, other data or another run than the first; give all the same')
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
-        # a strong weight decay is for new weights
+        # settings left at 0, and for new weights a decay that may be stronger
         taken = {key: value for key, value in settings_for(len(train_tokens), n_embd).items()
                  if not settings[key] or key == 'weight_decay' and not source}
         merge(settings, globals(), taken, (), '')
@@ -450,12 +450,12 @@ if __name__ == '__main__':
 
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
     # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
-    caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; see the loop's end
+    caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; (signalled, late)
     unsaved = set()  # names of the files whose last write failed
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
     def tried(name, write, *args, **more):
-        """Write one of the run's files; if that fails, say so and go on: the next interval tries again."""
+        """Write one of the run's files; if that fails, say so, note it in `unsaved`, and go on."""
         unsaved.discard(name)
         if master and out_dir:
             try:
@@ -591,7 +591,7 @@ if __name__ == '__main__':
             last_time, last_tokens = now, state['tokens']
         elif kind == 'cpu' and step == first_step + 3 and now - began > 10:
             print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
-        if state['best_val'] < math.inf and step == state['best_val_step']:  # judged now, or resumed here
+        if state['best_val'] < math.inf and step == state['best_val_step']:  # just judged, or a resume at it
             keep('best.pt', losses=state['losses'])
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
@@ -623,13 +623,13 @@ if __name__ == '__main__':
             scaler.unscale_(one)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         step_together(optimizers, scaler, norm)
-        if kind == 'cpu' or ranks == 1 or step % 10 == 0:  # reading them waits for a GPU
+        if kind == 'cpu' or ranks == 1 or step % 10 == 0:  # bool(flag) waits for a GPU
             signalled, over = map(bool, flags)  # of the step before
         flags = bool(caught), 0 < max_minutes < (time.time() - began) / 60
         if ranks > 1:
             sums = torch.stack([loss, *(torch.full_like(loss, flag) for flag in flags)])
             dist.all_reduce(sums)
-            loss, *flags = sums / ranks  # the mean loss; a flag is over 0 if any rank has it
+            loss, *flags = sums / ranks  # means; a flag's is above 0 if any rank raised it
         pending.append((loss, norm))
         state['step'] += 1
         state['tokens'] += windows_per_step * T
@@ -641,7 +641,8 @@ if __name__ == '__main__':
     if ranks > 1:
         dist.barrier()  # torchrun ends all ranks when one leaves with an error, so the save comes first
         dist.destroy_process_group()
-    on_signals(end)  # a signal now ends the process at once: all is saved
+    if not caught:
+        on_signals(end)  # a signal now ends the process at once: all is saved
     if signalled or caught:
         number = signal.Signals(caught[0] if caught else signal.SIGTERM)
         saved = 'not saved' if not out_dir or 'ckpt.pt' in unsaved else 'saved; go on with --init_from=resume'
@@ -656,7 +657,8 @@ if __name__ == '__main__':
     print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at "
           f'best; first step under {passed}')
     best, at = state['best_val'], state['best_val_step']
-    kept = out_dir and 'best.pt' not in unsaved and os.path.exists(files['best.pt'])
+    # an older one is there if the best could not be written
+    kept = out_dir and os.path.exists(files['best.pt']) and read(files['best.pt'], check=False)['step'] == at
     if best < math.inf:
         where = f", kept in {files['best.pt']}" if kept else ''
         print(f'best        {best:.4f} validation, {best * bits:.3f} bits per byte, at step {at:,}{where}')

@@ -64,7 +64,7 @@ def merge(settings, namespace, kept, fixed, owner):
     """
     for key, value in kept.items():
         if key in given and key in fixed and settings[key] != value:
-            fail(f'--{key}={settings[key]}: {owner} has {value}; leave the setting out', 2)
+            fail(f'--{key}={settings[key]}: {owner} has {value}; leave it out, of config files too', 2)
         if key in settings and key not in given:
             settings[key] = namespace[key] = value
 
@@ -87,7 +87,7 @@ def parse(arg, args, settings):
 
 
 def run_file(path, settings):
-    """{key: value} of what a config file sets. The path is relative to this folder or to folio's."""
+    """{key: value} of what a config file sets. Its path is relative to the current folder, or to folio's."""
     found = path if os.path.isfile(path) else os.path.join(os.path.dirname(__file__), os.pardir, path)
     if not os.path.isfile(found):
         fail(f'{path}: no such config file (settings are written --key=value)', 2)
