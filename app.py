@@ -304,8 +304,9 @@ with gr.Blocks(title='folio') as page:
     gr.Markdown('# folio\nGPT-2, trained, sampled, quantized and served in a few short scripts.')
     with gr.Tab('Text'), gr.Row():
         with gr.Column(scale=2):
-            prompt = gr.Textbox(label='Prompt', lines=3, max_lines=12, elem_id='prompt',
-                                info='The beginning of a text. Shift-Enter writes on.')
+            # a longer text is cut off: Gradio's page cannot say that a request was too large
+            prompt = gr.Textbox(label='Prompt', lines=3, max_lines=12, max_length=2 * max_prompt,
+                                elem_id='prompt', info='The beginning of a text. Shift-Enter writes on.')
             with gr.Row():
                 go = gr.Button('Generate', variant='primary', elem_id='generate')
                 halt = gr.Button('Stop', elem_id='stop')

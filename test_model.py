@@ -3050,6 +3050,9 @@ def test_page_in_a_browser_writes_and_stops(page, folder):
         text = view.locator('.text pre').text_content()
         view.wait_for_timeout(500)
         assert view.locator('.text pre').text_content() == text and len(text) < 7 + 5000
+        view.fill('#prompt textarea', 'x' * 200_000)  # is cut off; the request would be too large
+        view.click('#generate')
+        view.get_by_text('a text of at most 500 characters').wait_for()
         assert not errors, errors
         assert all(url.startswith((page, 'data:', 'blob:')) for url in requests), requests
 
