@@ -135,7 +135,7 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
 
 # settings chosen by the text's size: {least training tokens: values}; a step here is 32 windows
 CHOSEN = 'n_layer', 'n_embd', 'block_size', 'dropout', 'weight_decay', 'max_iters'
-SIZES = {1_000_000: (4, 128, 128, 0.0, 0.1, 1000), 150_000: (4, 192, 64, 0.1, 0.1, 1150),
+SIZES = {1_000_000: (4, 128, 128, 0.0, 0.1, 1000), 150_000: (4, 192, 64, 0.1, 0.3, 1150),
          100_000: (4, 192, 64, 0.2, 0.5, 600), 0: (2, 128, 64, 0.2, 1.0, 400)}
 
 
