@@ -1034,8 +1034,8 @@ def build(contents, device='cpu'):
     # normal_ would import torch's compiler, 2 s and 100 MB, only to fill tensors without memory
     with CAPTURING, torch.device('meta'), mock.patch.object(nn.init, 'normal_'):
         model = GPT(config)
-    padding = config.padded_vocab_size - len(weights['wte.weight'])
-    if padding > 0:
+    padding = config.padded_vocab_size - config.vocab_size
+    if padding and len(weights['wte.weight']) == config.vocab_size:
         # the mean row: the logit of a zero row, 0, would be far above GPT-2's, which are near -100
         rows = weights['wte.weight'].mean(0, keepdim=True).expand(padding, -1)
         weights['wte.weight'] = torch.cat((weights['wte.weight'], rows))
@@ -1113,7 +1113,7 @@ def from_nanogpt(contents, path):
         facts = dict(tokenizer=GPT2, step=contents.get('iter_num', 0),
                      dataset=contents.get('config', {}).get('dataset', ''))
         return imported(path, config, weights, facts)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: incomplete nanoGPT checkpoint ({one_line(error)}); name another') from None
 
 

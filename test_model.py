@@ -1396,10 +1396,18 @@ def test_load_reads_a_nanogpt_file_of_weights_and_shape_alone(tmp_path):
 
 @pytest.mark.parametrize('broken', [
     {'model_args': {'vocab_size': 50257}}, {'model_args': {}, 'model': {}}, {'model': {}},
-    {'model_args': {'vocab_size': 50257, 'rotary': True}, 'model': {}}, {'model_args': None}], ids=str)
+    {'model_args': {'vocab_size': 50257, 'rotary': True}, 'model': {}}, {'model_args': None},
+    {'model': {'transformer.wte.weight': torch.ones(())}}], ids=str)
 def test_load_refuses_nanogpt_checkpoints_that_are_not_whole(tmp_path, broken):
     torch.save({'model_args': nanogpt()[0]['model_args'], **broken}, tmp_path / 'ckpt.pt')
     one_line(run('sample.py', '--checkpoint=ckpt.pt', cwd=tmp_path), 1, 'incomplete nanoGPT checkpoint')
+
+
+def test_load_refuses_a_table_with_fewer_rows_than_tokens(tmp_path):
+    contents = nanogpt()[0]
+    contents['model']['_orig_mod.transformer.wte.weight'] = torch.ones(50000, 64)
+    torch.save(contents, tmp_path / 'ckpt.pt')
+    one_line(run('sample.py', '--checkpoint=ckpt.pt', cwd=tmp_path), 1, 'do not fit together', 'wte.weight')
 
 
 def test_load_refuses_nanogpts_characters(tmp_path):
@@ -2143,6 +2151,7 @@ def test_train_lowers_the_loss_with_each(choice, folder):
     ('--max_iters=1000000001', 2, ['at most 1000000000']),
     ('--n_head=3', 2, ['n_embd', 'n_head']),
     ('--n_embd=100000000000', 1, ['out of memory', '--batch_size']),
+    ('--n_embd=4000000000000000000', 1, ['out of memory']),
     ('--dropout=1', 2, ['dropout']),
     ('--seq_len=99', 2, ['seq_len', '16']),
     ('--block_size=5000', 1, ['seq_len 5000']),

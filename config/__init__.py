@@ -172,7 +172,7 @@ def report(kind, error, trace, memory_advice):
     ours = os.path.dirname(traceback.extract_tb(trace)[-1].filename) in (home, os.path.dirname(__file__))
     message = f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else error
     size = re.search(r'[Tt]ried to allocate [\d.]+ \w+', str(error))
-    from_torch = issubclass(kind, RuntimeError) and (size or 'out of memory' in str(error))
+    from_torch = issubclass(kind, RuntimeError) and (size or re.search('out of memory|overflow', str(error)))
     if issubclass(kind, MemoryError) or from_torch:
         message = f"out of memory{f' ({size[0]})' if size else ''}; {memory_advice}"
     elif not issubclass(kind, OSError) and not (issubclass(kind, ValueError) and ours):
