@@ -1,5 +1,5 @@
 """
-A Gradio page that writes with the newest model, here or on a Hugging Face Space.
+A Gradio page that writes with a model, here or on a Hugging Face Space.
 
 $ python app.py                                        # http://127.0.0.1:7860, ready in a few seconds
 $ python app.py --checkpoint=out/model_int8.pt --host=0.0.0.0 --auth=name:password
