@@ -279,7 +279,7 @@ def read_documents(files, tokenizer, digest=None):
 
     A document is a file, or a line's `text` in a .jsonl or .jsonl.gz file.
     """
-    documents = (read_json_lines(path, digest) if path.endswith(('.jsonl', '.jsonl.gz'))
+    documents = (read_json_lines(path, digest) if path.lower().endswith(('.jsonl', '.jsonl.gz'))
                  else [read_text(path, digest)] for path in files)
     for number, document in enumerate(itertools.chain.from_iterable(documents)):
         if number:
@@ -543,10 +543,11 @@ def check_data(dataset, meta, wanted):
 
     Of the dict `wanted`, only tokenizer, vocab_size, val_fraction and input count; input by its contents.
     """
-    has = {'vocab_size': meta['tokenizer']['vocab_size'], **meta, 'tokenizer': meta['tokenizer']['name'],
+    has = {**meta, 'vocab_size': meta['tokenizer']['vocab_size'], 'tokenizer': meta['tokenizer']['name'],
            'input': meta.get('source', {}).get('input')}
     for key, value in wanted.items():
         same = has.get(key) in (value, None)  # None: nanoGPT's data, which do not say
+        same |= key == 'vocab_size' and value == meta.get(key)  # asked for: 0, or more than the text has
         if key == 'input' and has['input']:
             digest = hashlib.sha256()
             for _ in read_documents(find_files(value), has['tokenizer'], digest):

@@ -45,8 +45,8 @@ import model
 import train
 from model import (GPT, GPTConfig, HeadLoss, Int4Linear, Int8Linear, build, choose, filter_logits, find, load,
                    read, save, split_loss)
-from prepare import (CharTokenizer, FolderLock, TextStream, bits_per_nat, cut_exactly, get_tokenizer,
-                     learn_tokenizer, load_data, prepare, replacing_files, stream_texts)
+from prepare import (CharTokenizer, FolderLock, TextStream, bits_per_nat, check_data, cut_exactly,
+                     get_tokenizer, learn_tokenizer, load_data, prepare, replacing_files, stream_texts)
 from quantize import convert, write_hugging_face
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1594,7 +1594,7 @@ def test_prepare_takes_lines_of_json(tmp_path, monkeypatch, packed):
     monkeypatch.chdir(tmp_path)
     opened = gzip.open if packed else open
     os.mkdir('texts')
-    with opened('texts/a.jsonl' + '.gz' * packed, 'wt', encoding='utf-8') as f:
+    with opened('texts/a.JSONL' + '.gz' * packed, 'wt', encoding='utf-8') as f:
         f.write('\n{"text": "two\\nlines", "id": 1}\n{"text": "\\u00e9\\ud83c\\udfad"}')
     with opened('texts/b.txt' + '.gz' * packed, 'wt', encoding='utf-8') as f:
         f.write('plain')
@@ -1742,6 +1742,17 @@ def test_load_data_ignores_a_val_bin_that_meta_json_does_not_name(tmp_path, monk
     (tmp_path / 'data/whole/val.bin').write_bytes(b'1234')
     train_ids, val_ids, _ = load_data('whole')
     assert len(train_ids) == 380 and val_ids is None
+
+
+@pytest.mark.parametrize('asked', [0, 260, 5000])
+def test_check_data_takes_the_ids_asked_for_and_those_there(tmp_path, monkeypatch, asked):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text.txt').write_text('to be or not to be ' * 200)
+    meta = prepare('text.txt', 'some', 'bpe', vocab_size=asked)
+    check_data('some', meta, {'vocab_size': asked})
+    check_data('some', meta, {'vocab_size': meta['tokenizer']['vocab_size']})
+    with pytest.raises(ValueError, match=f"vocab_size {meta['tokenizer']['vocab_size']} differs from 300"):
+        check_data('some', meta, {'vocab_size': 300})
 
 
 @pytest.mark.parametrize('name', ['train.bin', 'val.bin', 'meta.json'])

@@ -1,7 +1,7 @@
 # A text of your own, of 100 kB to 100 MB: learns a vocabulary, chooses the model by the text's size, stops
 # when the validation loss no longer falls, and keeps the best weights in model.pt. Trains for up to nine
 # minutes on two CPU cores. For a better model, on more time or a GPU, add
-# --max_iters=10000 --n_layer=6 --n_head=6 --n_embd=384 --block_size=256
+# --max_iters=10000 --n_layer=6 --n_embd=384 --block_size=256
 # python train.py config/mine.py --input=my.txt
 out_dir = 'out/mine'
 dataset = 'mine'
