@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import math
 import os
 import platform
@@ -593,14 +594,9 @@ def uniform_numbers(texts, seed, device):
 
 def a_step_behind(steps):
     """Copies on the CPU of the ids (B,) of a GPU's steps, each given out while the next is computed."""
-    copies = []
-    for ids in steps:
-        copies.append((ids.to('cpu', non_blocking=True), torch.cuda.Event()))
-        copies[-1][1].record(torch.cuda.current_stream(ids.device))
-        while len(copies) > 1:
-            copies[0][1].synchronize()
-            yield copies.pop(0)[0]
-    for ids, done in copies:
+    copies = ((ids.to('cpu', non_blocking=True), torch.cuda.current_stream(ids.device).record_event())
+              for ids in steps)
+    for (ids, done), _ in itertools.pairwise(itertools.chain(copies, [None])):  # a copy and the one after it
         done.synchronize()
         yield ids
 

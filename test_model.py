@@ -1160,19 +1160,16 @@ def test_a_step_behind_gives_all_ids_in_order(monkeypatch):
     """Each once its copy has arrived, while the next step is already computed."""
     computed, arrived = [], []
 
-    class Event:
-        def record(self, stream):
-            self.number = len(computed)
-
-        def synchronize(self):
-            arrived.append(self.number)
+    class Stream:
+        def record_event(self):
+            number = len(computed)
+            return types.SimpleNamespace(synchronize=lambda: arrived.append(number))
 
     def steps():
         for i in range(3):
             computed.append(i)
             yield torch.tensor([i])
-    monkeypatch.setattr(torch.cuda, 'Event', Event)
-    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: None)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: Stream())
     assert [(ids.item(), len(computed), len(arrived)) for ids in model.a_step_behind(steps())] == [
         (0, 2, 1), (1, 3, 2), (2, 3, 3)]
     assert arrived == [1, 2, 3]
