@@ -809,9 +809,8 @@ def borrowed_graph(model, texts, positions, options, compile, steps):
     made_for = model, texts, math.ceil(positions / 64) * 64, options, compile  # few different ones
     kind = *made_for[1:], model.wpe.weight.data_ptr()  # the weights may have moved
     with CAPTURING:
-        if kind not in GRAPHS.get(model, ()):
-            GRAPHS[model] = {kind: []}  # drops the idle graphs of another kind
-        idle = GRAPHS[model][kind]
+        idle = GRAPHS.get(model, {}).get(kind, [])
+        GRAPHS[model] = {kind: idle}  # drops the idle graphs of another kind
         graph = idle.pop() if idle else or_none(graph_of, *made_for)
     try:
         yield graph
