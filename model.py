@@ -544,7 +544,6 @@ class GPT(nn.Module):
         window = min(context or self.trained_context, self.config.block_size)
         idx = idx.to(self.wpe.weight.device)
         text = idx.repeat_interleave(num_samples, dim=0)  # (B, T)
-        uniforms = uniform_numbers(len(text), seed, idx.device)
         T, positions = min(idx.size(1), window), min(idx.size(1) + max_new_tokens, window)
         drafts = drafts if len(text) == 1 and idx.is_cpu else None  # a CUDA graph runs one id alone
         step, drafted = self.next_logits, []
@@ -554,7 +553,7 @@ class GPT(nn.Module):
             seen = text.new_zeros(len(text), self.config.vocab_size, dtype=torch.bool)  # ids of a text (B, V)
             cache, seen, replay = graph or (self.new_cache(len(text), positions), seen, None)
             seen.zero_().scatter_(1, text, True)
-            for written in range(max_new_tokens):
+            for written, uniform in zip(range(max_new_tokens), uniform_numbers(len(text), seed, idx.device)):
                 # a right draft's logits are here already; after a wrong one the last branch drafts again
                 if drafted and ids.item() == drafted.pop(0):
                     logits, T = logits[:, 1:], T + 1
@@ -569,7 +568,7 @@ class GPT(nn.Module):
                     T = max(window // 2, 1)
                     logits = self.next_logits(text[:, -T:], cache)
                 elif graph:
-                    logits, ids, T = None, replay(ids, T, next(uniforms)), T + 1
+                    logits, ids, T = None, replay(ids, T, uniform), T + 1
                 else:
                     if untraced == 0:
                         step = fast_step(self, cache, max_new_tokens - written, compile)
@@ -579,7 +578,7 @@ class GPT(nn.Module):
                     logits = step(new.clamp(max=self.config.vocab_size - 1), cache, T)
                     T, untraced = T + 1, untraced - 1
                 if logits is not None:  # a graph chooses by itself
-                    ids = choose(logits[:, 0], next(uniforms), *options, seen)
+                    ids = choose(logits[:, 0], uniform, *options, seen)
                     seen.scatter_(1, ids[:, None], True)
                 text = torch.cat((text, ids[:, None]), dim=1)
                 yield ids
