@@ -1093,7 +1093,7 @@ def from_hugging_face(folder):
     weights = {name: w.t().contiguous() if re.search(r'c_\w+\.weight', name) else w  # Conv1D's (C, O)
                for name, w in theirs.transformer.state_dict().items()
                if config.bias or not name.endswith('bias')}  # their network always has biases
-    return imported(folder, config, weights, facts)
+    return imported(folder, config, weights, **facts)
 
 
 def from_nanogpt(contents, path):
@@ -1106,14 +1106,13 @@ def from_nanogpt(contents, path):
         # without flash attention nanoGPT saves its masks too, as attn.bias
         weights = {re.sub(r'^(_orig_mod\.)?transformer\.', '', key): w for key, w in contents['model'].items()
                    if not key.endswith(('lm_head.weight', '.attn.bias'))}
-        facts = dict(tokenizer=GPT2, step=contents.get('iter_num', 0),
-                     dataset=contents.get('config', {}).get('dataset', ''))
-        return imported(path, config, weights, facts)
+        step, dataset = contents.get('iter_num', 0), contents.get('config', {}).get('dataset', '')
+        return imported(path, config, weights, tokenizer=GPT2, step=step, dataset=dataset)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: incomplete nanoGPT checkpoint ({one_line(error)}); name another') from None
 
 
-def imported(path, config, weights, facts):
+def imported(path, config, weights, /, **facts):
     """read()'s contents for a model with these weights. Raises ValueError if one is not finite."""
     for name, w in weights.items():
         if not w.isfinite().all():
