@@ -783,7 +783,6 @@ def graph_of(model, texts, positions, options, compile):
     ids = torch.zeros(texts, dtype=torch.long, device=cache[0].device)
     seen = ids.new_zeros(texts, model.config.vocab_size, dtype=torch.bool)
 
-    @torch.inference_mode()
     def step(ids, position, uniform):
         """The ids (B,) that choose() takes after ids (B,) at position (1,)."""
         ids = choose(model.next_logits(ids[:, None], cache, position)[:, 0], uniform, *options, seen)
