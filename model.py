@@ -500,9 +500,10 @@ class GPT(nn.Module):
     # -- generation ------------------------------------------------------------------------------------------
 
     def new_cache(self, texts, positions):
-        """Room for the keys and values of each layer, (2, B, nh, S, hs), in the type of the weights."""
+        """Room for each layer's keys and values, (2, B, nh, S, hs); and for which ids a text has, (B, V)."""
         shape = 2, texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
-        return [self.wpe.weight.new_zeros(shape) for _ in self.h]
+        seen = self.wpe.weight.new_zeros(texts, self.config.vocab_size, dtype=torch.bool)
+        return [self.wpe.weight.new_zeros(shape) for _ in self.h], seen
 
     @torch.inference_mode()
     def next_logits(self, idx, cache, start=0):
@@ -550,8 +551,7 @@ class GPT(nn.Module):
         # passes before the trace is made; a text known by heart may end before, and a trace takes as long
         untraced = 8 if drafts and self not in TRACES else 0
         with borrowed_graph(self, len(text), positions, options, compile, max_new_tokens) as graph:
-            seen = text.new_zeros(len(text), self.config.vocab_size, dtype=torch.bool)  # ids of a text (B, V)
-            cache, seen, replay = graph or (self.new_cache(len(text), positions), seen, None)
+            cache, seen, replay = graph or (*self.new_cache(len(text), positions), None)
             seen.zero_().scatter_(1, text, True)
             for written, uniform in zip(range(max_new_tokens), uniform_numbers(len(text), seed, idx.device)):
                 # a right draft's logits are here already; after a wrong one the last branch drafts again
@@ -779,9 +779,8 @@ def graph_of(model, texts, positions, options, compile):
     if compile == 'True' and not model.compiled_steps:
         model.compile(dynamic=False)
         model.compiled_steps = True
-    cache = model.new_cache(texts, positions)
-    ids = torch.zeros(texts, dtype=torch.long, device=cache[0].device)
-    seen = ids.new_zeros(texts, model.config.vocab_size, dtype=torch.bool)
+    cache, seen = model.new_cache(texts, positions)
+    ids = torch.zeros(texts, dtype=torch.long, device=seen.device)
 
     def step(ids, position, uniform):
         """The ids (B,) that choose() takes after ids (B,) at position (1,)."""

@@ -575,14 +575,14 @@ def test_gpt_in_bfloat16_has_float32_logits(gpt, kind):
     with torch.no_grad():
         gpt.wte.weight[:, 0], gpt.ln_f.weight[0], gpt.ln_f.bias[0] = -1, 0, 100
         idx = torch.randint(1100, (2, 9))
-        logits = gpt(idx)[:, -1] if kind == 'head' else gpt.next_logits(idx, gpt.new_cache(2, 9))[:, 0]
+        logits = gpt(idx)[:, -1] if kind == 'head' else gpt.next_logits(idx, gpt.new_cache(2, 9)[0])[:, 0]
         exact = gpt.hidden(idx)[:, -1].double() @ gpt.wte.weight[:1100].t().double()
     assert logits.dtype == torch.float32 and exact.mean() < -90 and (logits - exact).abs().max() < 1e-3
 
 
 def test_gpt_steps_with_static_shapes_as_without(gpt):
     """What a CUDA graph captures: the position is a tensor, and all of the cache is read behind a mask."""
-    idx, caches = torch.randint(1100, (3, 12)), [gpt.new_cache(3, 32) for _ in range(2)]
+    idx, caches = torch.randint(1100, (3, 12)), [gpt.new_cache(3, 32)[0] for _ in range(2)]
     for cache in caches:
         gpt.next_logits(idx[:, :7], cache)
     for position in range(7, 12):
@@ -598,7 +598,7 @@ def test_gpt_generates_without_cudnns_attention(gpt, monkeypatch):
         seen.append(torch.backends.cuda.cudnn_sdp_enabled())
         return attend(*args, **options)
     monkeypatch.setattr(F, 'scaled_dot_product_attention', spy)
-    gpt.next_logits(torch.zeros(1, 1, dtype=torch.long), gpt.new_cache(1, 4))
+    gpt.next_logits(torch.zeros(1, 1, dtype=torch.long), gpt.new_cache(1, 4)[0])
     gpt(torch.zeros(1, 1, dtype=torch.long))
     assert seen == [False, False, True, True]  # two layers
 
