@@ -800,15 +800,14 @@ def borrowed_graph(model, texts, positions, options, compile, steps):
     It is made in 20 ms, or with compile 'True', which compiles the blocks too, in 20 s. Idle ones of the last
     kind asked for are kept; they hold a cache each.
     """
-    if not model.wpe.weight.is_cuda or compile == 'False' or compile == 'auto' and steps < 16:
-        yield None
-        return
-    made_for = model, texts, math.ceil(positions / 64) * 64, options, compile  # few different ones
-    kind = *made_for[1:], model.wpe.weight.data_ptr()  # the weights may have moved
-    with CAPTURING:
-        idle = GRAPHS.get(model, {}).get(kind, [])
-        GRAPHS[model] = {kind: idle}  # drops the idle graphs of another kind
-        graph = idle.pop() if idle else or_none(graph_of, *made_for)
+    idle, graph = [], None
+    if model.wpe.weight.is_cuda and compile != 'False' and (compile != 'auto' or steps >= 16):
+        made_for = model, texts, math.ceil(positions / 64) * 64, options, compile  # few different ones
+        kind = *made_for[1:], model.wpe.weight.data_ptr()  # the weights may have moved
+        with CAPTURING:
+            idle = GRAPHS.get(model, {}).get(kind, [])
+            GRAPHS[model] = {kind: idle}  # drops the idle graphs of another kind
+            graph = idle.pop() if idle else or_none(graph_of, *made_for)
     try:
         yield graph
     finally:
