@@ -671,8 +671,7 @@ class Index:
         so a text that is not in the corpus has none, and takes no longer.
         """
         self.passes += 1
-        last = np.zeros(32, dtype='<u2')
-        last[-len(text):] = text[-32:].tolist()
+        last = np.array([0] * 32 + text[-32:].tolist())[-32:].astype('<u2')  # zeros before a short text
         near = self.keys.searchsorted(runs_of_four(last[-4:])[0])
         ends = self.ends[max(near - 4, 0):near + 60].astype(np.int64)  # equal ones stand from `near` on
         same = self.ids[np.maximum(ends[:, None] - np.arange(1, 33), 0)] == last[::-1]
