@@ -112,8 +112,8 @@ def get_tokenizer(meta):
     raise ValueError(f"tokenizer {meta['name']!r} is not one of gpt2, bpe, char")
 
 
-def learn_tokenizer(blocks, share, vocab_size):
-    """The meta of a bpe tokenizer learnt from a `share` of the blocks of a text, evenly spread.
+def learn_tokenizer(pieces, share, vocab_size):
+    """The meta of a bpe tokenizer learnt from a `share` of the pieces of a text, evenly spread.
 
     Its tokens are the 256 bytes and the merges of the most frequent pairs, fewer than asked for if the text
     has no more pairs. Raises ValueError if rustbpe is not installed.
@@ -123,10 +123,9 @@ def learn_tokenizer(blocks, share, vocab_size):
     except ImportError:
         raise ValueError('rustbpe, which learns a bpe vocabulary, is missing: pip install rustbpe') from None
     learner = rustbpe.Tokenizer()
-    number = itertools.count(1)  # of the blocks of text; a document end stays, for no word goes over it
-    chosen = (block for block in blocks if block is None or next(number) * share % 1 < share)
-    pieces = (piece.replace(ENDOFTEXT, '') for piece in cut_exactly(chosen) if piece)
-    learner.train_from_iterator(pieces, vocab_size - 1, buffer_size=64, pattern=GPT2_PATTERN)
+    texts = (piece.replace(ENDOFTEXT, '') for piece in pieces if piece)
+    chosen = (text for number, text in enumerate(texts, 1) if number * share % 1 < share)
+    learner.train_from_iterator(chosen, vocab_size - 1, buffer_size=64, pattern=GPT2_PATTERN)
     tokens = [base64.b64encode(bytes(token)).decode() for token, id in learner.get_mergeable_ranks()]
     return {'name': 'bpe', 'vocab_size': len(tokens) + 1, 'tokens': ' '.join(tokens)}
 
@@ -217,7 +216,7 @@ def stream_texts(steps, tokenizer, count, stop=''):
 
 
 # -- text to ids ---------------------------------------------------------------------------------------------
-# In this section a text is a sequence of blocks: strings, and None at the end of a document.
+# In this section a text is a sequence of pieces that can be encoded one by one, and None between documents.
 
 def find_files(input):
     """The files that `input` names, sorted: one file, all files in a folder but hidden ones, or a glob's.
@@ -275,51 +274,49 @@ def read_json_lines(path, digest=None):
 
 
 def read_documents(files, tokenizer, digest=None):
-    """Yield the blocks of all documents; between two yield None, or a newline if the tokenizer is 'char'.
+    """Yield the pieces of all documents; between two yield None, or a newline if the tokenizer is 'char'.
 
     A document is a file, or a line's `text` in a .jsonl or .jsonl.gz file.
     """
     documents = (read_json_lines(path, digest) if path.lower().endswith(('.jsonl', '.jsonl.gz'))
-                 else [read_text(path, digest)] for path in files)
+                 else [cut_exactly(read_text(path, digest))] for path in files)
     for number, document in enumerate(itertools.chain.from_iterable(documents)):
         if number:
             yield '\n' if tokenizer == 'char' else None
         yield from document
 
 
-def split_at(cut, blocks):
-    """Yield ('train', block) for the first `cut` characters of the blocks, ('val', block) for the rest.
-
-    Blocks may be cut_exactly()'s pieces: one that is cut in two here still gives the ids of either split.
-    """
-    position = 0
-    for block in blocks:
-        if block is None and position:  # no document ends before the first character
-            yield 'train' if position <= cut else 'val', None
-        elif block:
-            if position < cut:
-                yield 'train', block[:cut - position]
-            if position + len(block) > cut:
-                yield 'val', block[max(cut - position, 0):]
-            position += len(block)
-
-
 def cut_exactly(blocks):
-    """Regroup blocks into pieces that can be encoded one by one: their ids, joined, are the whole text's.
+    """Regroup a document's blocks into pieces whose ids, joined, are those of the whole document.
 
-    A piece ends where a word does, because GPT2_PATTERN always cuts between a word and a blank, or where the
-    document does. Text after the last word of a block waits for the next block.
+    A piece ends where a word does, because GPT2_PATTERN always cuts between a word and a blank. Text after
+    the last word of a block waits for the next block.
     """
     held = ''
     for block in blocks:
-        text = held + (block or '')
+        text = held + block
         last_blank = max(text.rfind(' '), text.rfind('\n'))
-        end = len(text) if block is None else len(text[:last_blank + 1].rstrip(BLANKS))
+        end = len(text[:last_blank + 1].rstrip(BLANKS))
         yield text[:end]
         held = text[end:]
-        if block is None:
-            yield None
     yield held
+
+
+def split_at(cut, pieces):
+    """Yield ('train', piece) for the first `cut` characters of the pieces, ('val', piece) for the rest.
+
+    A piece that is cut in two here still gives the ids of either split.
+    """
+    position = 0
+    for piece in pieces:
+        if piece is None and position:  # no document ends before the first character
+            yield 'train' if position <= cut else 'val', None
+        elif piece:
+            if position < cut:
+                yield 'train', piece[:cut - position]
+            if position + len(piece) > cut:
+                yield 'val', piece[max(cut - position, 0):]
+            position += len(piece)
 
 
 def write_splits(folder, tokenizer, pairs, special_tokens, total):
@@ -446,10 +443,10 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
     began, files, digest = time.time(), find_files(input), hashlib.sha256()
     total, size, found = 0, 0, set()
-    for block in read_documents(files, tokenizer, digest):  # a first reading: the cut needs the length
-        total, size = total + len(block or ''), size + len((block or '').encode())
+    for piece in read_documents(files, tokenizer, digest):  # a first reading: the cut needs the length
+        total, size = total + len(piece or ''), size + len((piece or '').encode())
         if tokenizer == 'char':
-            found.update(block)
+            found.update(piece)
     cut = int(total * (1 - val_fraction))
     if not cut:
         raise ValueError(f'{input}: {total} characters, val_fraction {val_fraction}: none left to train on')
@@ -458,15 +455,15 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
         ids = vocab_size or (1024 if size < 400_000 else 2048 if size < 1_600_000 else 4096)
         print(f'learning {ids:,} ids from {size * share / 1e6:,.1f} MB of text', file=sys.stderr)
         pairs = split_at(cut, read_documents(files, tokenizer))
-        known = learn_tokenizer((block for split, block in pairs if split == 'train'), share, ids)
+        known = learn_tokenizer((piece for split, piece in pairs if split == 'train'), share, ids)
     tok = get_tokenizer(known or {'name': tokenizer, 'characters': found})
     tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
 
-    folder, pieces = os.path.join('data', dataset), cut_exactly(read_documents(files, tokenizer))
+    folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, tokenizer))
     with replacing_files(folder, ('train.bin', 'meta.json', 'val.bin')) as new:
         if not replace and os.path.exists(f'{folder}/train.bin'):
             raise ValueError(f'{folder}: another process has just prepared it; start again')
-        written = write_splits(new, tok, split_at(cut, pieces), special_tokens, size)
+        written = write_splits(new, tok, pairs, special_tokens, size)
         source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
                   'bytes': sum(map(os.path.getsize, files))}
         meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
