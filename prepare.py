@@ -231,42 +231,32 @@ def find_files(input):
     return files
 
 
-def read_bytes(path, digest=None, lines=False):
-    """Yield the bytes of a file in blocks or in lines, unpacked if it is a .gz; path 0 is standard input.
+def read_text(path, digest=None, lines=False):
+    """Yield the text of a UTF-8 file in blocks or in lines, newlines unchanged; a .gz is unpacked.
 
-    Adds them to the hash `digest`. Raises ValueError for a damaged .gz.
+    Adds the text's bytes to the hash `digest`. Raises ValueError for a damaged .gz, and with the position of
+    a byte that is not UTF-8.
     """
-    try:
-        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
-            for block in f if lines else iter(lambda: f.read(2**16), b''):
+    with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8', newline='\n') as f:
+        try:
+            for text in f if lines else iter(lambda: f.read(2**16), ''):
                 if digest:
-                    digest.update(block)
-                yield block
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f'{path}: damaged: {error}; get the file again') from None
-
-
-def read_text(path, digest=None):
-    """Yield the text of a UTF-8 file in blocks, newlines unchanged; see read_bytes().
-
-    Raises ValueError with the position of a byte that is not UTF-8.
-    """
-    name, done = path or 'standard input', 0
-    try:
-        for text in codecs.iterdecode(read_bytes(path, digest), 'utf-8'):
-            yield text
-            done += len(text.encode())
-    except UnicodeDecodeError as error:  # of the bytes after the first `done`
-        raise ValueError(f'{name}: not UTF-8 at byte {done + error.start:,}; convert it by iconv') from None
+                    digest.update(text.encode())
+                yield text
+        except UnicodeDecodeError as error:  # in error.object, the bytes read last
+            position = f.buffer.tell() - len(error.object) + error.start
+            raise ValueError(f'{path}: not UTF-8 at byte {position:,}; convert it by iconv') from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f'{path}: damaged: {error}; get the file again') from None
 
 
 def read_json_lines(path, digest=None):
     """For each line of a .jsonl file yield [its `text`]. Raises ValueError for a line that has none."""
-    for number, line in enumerate(read_bytes(path, digest, lines=True), 1):
+    for number, line in enumerate(read_text(path, digest, lines=True), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)['text']
+            text = json.loads(line.encode())['text']  # takes a byte order mark, which a str must not have
             text.encode()  # raises ValueError for half of a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; mend it') from None
