@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import sys
-import time
+import timeit
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,17 +41,18 @@ def convert(weights, dtype):
                              f'{dtype}; take an earlier model or --dtype=bfloat16')
 
 
-def measure(model, name, tokens, eval_tokens, start):
-    """(loss over `tokens` (None without tokens), tokens/s of one text, tokens/s of eight texts together)."""
-    context = model.trained_context
-    loss = None if tokens is None else split_loss(model, tokens, context, eval_tokens, f'loss of {name}')
-    best = {1: 0.0, 8: 0.0}  # by the number of texts
-    for texts in best:
-        for steps in (8, 8, min(64, context), min(64, context)):  # two warm-ups first
-            began = time.perf_counter()
-            list(model.generate(torch.tensor([[start]]), steps, num_samples=texts, compile='True'))
-            best[texts] = max(best[texts], texts * steps / (time.perf_counter() - began))
-    return loss, *best.values()
+def measure(model, name, tokens, eval_tokens, tokenizer):
+    """{what: number} of a model: its loss over `tokens`, if there are any, and its speed."""
+    start, steps, numbers = torch.tensor([[tokenizer.start]]), min(64, model.trained_context), {}
+    if tokens is not None:
+        loss = split_loss(model, tokens, model.trained_context, eval_tokens, f'loss of {name}')
+        bits = bits_per_nat(tokens[:eval_tokens or None], tokenizer)
+        numbers = {'loss': loss, 'bits per byte': loss * bits}
+    for what, texts in (('tokens/s, one text', 1), ('tokens/s, eight', 8)):
+        seconds = timeit.repeat(lambda: list(model.generate(start, steps, num_samples=texts, compile='True')),
+                                number=1, repeat=3)  # the first warms up
+        numbers[what] = texts * steps / min(seconds)
+    return numbers
 
 
 def megabytes(path):
@@ -131,8 +132,8 @@ if __name__ == '__main__':
         print("no loss is measured: the model's data is not here; name it with --dataset", file=sys.stderr)
 
     # -- convert and measure ---------------------------------------------------------------------------------
-    before = measure(model, 'the original', tokens, eval_tokens, tokenizer.start)
-    size = megabytes(path) or model.num_params() * 4 / 1e6
+    before = {'size, MB': megabytes(path) or model.num_params() * 4 / 1e6,
+              **measure(model, 'the original', tokens, eval_tokens, tokenizer)}
     weights = {**model.state_dict(), 'wte.weight': model.wte.weight.detach()[:config.vocab_size]}
     del model  # so that each weight's memory is free once it is converted
     convert(weights, kind)
@@ -142,10 +143,10 @@ if __name__ == '__main__':
     kept = ('tokenizer', 'trained_context', 'step', 'losses', 'dataset', 'made_by')
     facts = {key: facts[key] for key in kept if key in facts}
     model = build({**facts, 'config': shape, 'model': dict(weights)})
-    after = measure(model, kind, tokens, eval_tokens, tokenizer.start)
-    if tokens is not None and not after[0] <= before[0] * (1 + max_loss_increase):
-        fail(f'{kind} raises the loss from {before[0]:.4f} to {after[0]:.4f}; nothing is written. Take a '
-             f'finer --dtype (int8, bfloat16), or allow more than --max_loss_increase={max_loss_increase}')
+    after = measure(model, kind, tokens, eval_tokens, tokenizer)
+    if tokens is not None and not after['loss'] <= before['loss'] * (1 + max_loss_increase):
+        fail(f"{kind} raises the loss from {before['loss']:.4f} to {after['loss']:.4f}; nothing is written. "
+             f'Take a finer --dtype (int8, bfloat16) or raise --max_loss_increase={max_loss_increase}')
 
     # -- write and report ------------------------------------------------------------------------------------
     if format == 'hf':
@@ -156,13 +157,10 @@ if __name__ == '__main__':
         for name, content in (('config.json', shape), ('meta.json', {**facts, 'dtype': kind})):
             with replacing(os.path.join(folder, name)) as f:
                 f.write(json.dumps(content, indent=1).encode())
+    after['size, MB'] = megabytes(target)
     print(f"{'':20s}{'original':>12s}{kind:>12s}")
-    print(f"{'size, MB':20s}{size:12.1f}{megabytes(target):12.1f}")
+    for what, number in before.items():
+        print(f'{what:20s}{number:12.4f}{after[what]:12.4f}')
     if tokens is not None:
-        change = f"{after[0] / before[0] - 1:+.2%}   (data/{dataset or facts['dataset']}, {split})"
-        bits = bits_per_nat(tokens[:eval_tokens or None], tokenizer)
-        print(f"{'loss':20s}{before[0]:12.4f}{after[0]:12.4f}  {change}")
-        print(f"{'bits per byte':20s}{before[0] * bits:12.4f}{after[0] * bits:12.4f}")
-    print(f"{'tokens/s, one text':20s}{before[1]:12.1f}{after[1]:12.1f}")
-    print(f"{'tokens/s, eight':20s}{before[2]:12.1f}{after[2]:12.1f}")
+        print(f"loss {after['loss'] / before['loss'] - 1:+.2%}: data/{dataset or facts['dataset']}, {split}")
     print(f'{path} -> {target}. Now: python sample.py --checkpoint={shlex.quote(target)}')
