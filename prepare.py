@@ -192,10 +192,6 @@ class TextStream:
         sure = next(i for i in range(len(self.held) + 1) if self.stop.startswith(self.held[i:]))
         self.text, self.held = self.text + self.held[:sure], self.held[sure:]
 
-    def finish(self):
-        """Add the text held back, as no more ids come. The bytes of half a character are dropped."""
-        self.text, self.held = self.text + self.held, ''
-
 
 def stream_texts(steps, tokenizer, count, stop=''):
     """Decode the ids that generate() yields: after each step yield the list of `count` TextStreams.
@@ -211,7 +207,7 @@ def stream_texts(steps, tokenizer, count, stop=''):
             if all(stream.ended for stream in streams):
                 break
     for stream in streams:
-        stream.finish()
+        stream.text += stream.held  # no more ids come; the bytes of half a character are dropped
     yield streams
 
 
