@@ -529,8 +529,8 @@ def check_data(dataset, meta, wanted):
     has = {**meta, 'vocab_size': meta['tokenizer']['vocab_size'], 'tokenizer': meta['tokenizer']['name'],
            'input': meta.get('source', {}).get('input')}
     for key, value in wanted.items():
-        same = has.get(key) in (value, None)  # None: nanoGPT's data, which do not say
-        same |= key == 'vocab_size' and value == meta.get(key)  # asked for: 0, or more than the text has
+        # nanoGPT's data do not say; meta['vocab_size'] is the one asked for: 0, or more than the text has
+        same = has.get(key) is None or value in (has[key], meta.get(key))
         if key == 'input' and has['input']:
             digest = hashlib.sha256()
             for _ in read_documents(find_files(value), has['tokenizer'], digest):
