@@ -116,12 +116,9 @@ def learn_tokenizer(pieces, share, vocab_size):
     """The meta of a bpe tokenizer learnt from a `share` of the pieces of a text, evenly spread.
 
     Its tokens are the 256 bytes and the merges of the most frequent pairs, fewer than asked for if the text
-    has no more pairs. Raises ValueError if rustbpe is not installed.
+    has no more pairs.
     """
-    try:
-        import rustbpe
-    except ImportError:
-        raise ValueError('rustbpe, which learns a bpe vocabulary, is missing: pip install rustbpe') from None
+    import rustbpe  # a notebook may have torch and tiktoken alone
     learner = rustbpe.Tokenizer()
     texts = (piece.replace(ENDOFTEXT, '') for piece in pieces if piece)
     chosen = (text for number, text in enumerate(texts, 1) if number * share % 1 < share)
@@ -281,10 +278,9 @@ def cut_exactly(blocks):
     held = ''
     for block in blocks:
         text = held + block
-        last_blank = max(text.rfind(' '), text.rfind('\n'))
-        end = len(text[:last_blank + 1].rstrip(BLANKS))
-        yield text[:end]
-        held = text[end:]
+        piece = text[:max(text.rfind(' '), text.rfind('\n')) + 1].rstrip(BLANKS)
+        yield piece
+        held = text[len(piece):]
     yield held
 
 

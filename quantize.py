@@ -14,7 +14,6 @@ import re
 import shlex
 import sys
 import timeit
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -105,8 +104,8 @@ if __name__ == '__main__':
     kind = 'float32' if format == 'hf' and 'dtype' not in given else dtype  # of the new weights
     if format == 'hf' and 'int' in kind:
         fail(f'--dtype={kind}: not for transformers; take float32 or bfloat16, or --format=folio', 2)
-    if format == 'hf' and not find_spec('transformers'):
-        fail('--format=hf needs transformers: pip install transformers')
+    if format == 'hf':
+        import transformers  # noqa: F401  (if it is missing, this ends before the work)
 
     # -- the source ------------------------------------------------------------------------------------------
     keep_freed_memory()

@@ -167,7 +167,7 @@ def fail(message, status=1):
 
 
 def report(kind, error, trace, memory_advice):
-    """sys.excepthook: one line for what a user can mend (files, memory, refused values), else a traceback."""
+    """sys.excepthook: a line for what a user can mend (files, memory, values, packages), else a traceback."""
     home = os.path.dirname(os.path.dirname(__file__))
     ours = os.path.dirname(traceback.extract_tb(trace)[-1].filename) in (home, os.path.dirname(__file__))
     message = f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else error
@@ -175,6 +175,8 @@ def report(kind, error, trace, memory_advice):
     from_torch = issubclass(kind, RuntimeError) and (size or re.search('out of memory|overflow', str(error)))
     if issubclass(kind, MemoryError) or from_torch:
         message = f"out of memory{f' ({size[0]})' if size else ''}; {memory_advice}"
+    elif issubclass(kind, ModuleNotFoundError):
+        message = f'{error}; pip install {error.name}'
     elif not issubclass(kind, OSError) and not (issubclass(kind, ValueError) and ours):
         return sys.__excepthook__(kind, error, trace)
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)
