@@ -227,14 +227,15 @@ def find_files(input):
 def read_text(path, digest=None, lines=False):
     """Yield the text of a UTF-8 file in blocks or in lines, newlines unchanged; a .gz is unpacked.
 
-    Adds the text's bytes to the hash `digest`. Raises ValueError for a damaged .gz, and with the position of
-    a byte that is not UTF-8.
+    Adds the text's bytes to the hash `digest`. Raises ValueError for a damaged .gz; and with the position of
+    a byte that is not UTF-8, which in lines becomes a lone surrogate instead.
     """
-    with (gzip.open if path.endswith('.gz') else open)(path, 'rt', encoding='utf-8', newline='\n') as f:
+    unpacked, errors = gzip.open if path.endswith('.gz') else open, 'surrogateescape' if lines else 'strict'
+    with unpacked(path, 'rt', encoding='utf-8', errors=errors, newline='\n') as f:
         try:
             for text in f if lines else iter(lambda: f.read(2**16), ''):
                 if digest:
-                    digest.update(text.encode())
+                    digest.update(text.encode(errors=errors))
                 yield text
         except UnicodeDecodeError as error:  # in error.object, the bytes read last
             position = f.buffer.tell() - len(error.object) + error.start
@@ -250,7 +251,7 @@ def read_json_lines(path, digest=None):
             continue
         try:
             text = json.loads(line.encode())['text']  # takes a byte order mark, which a str must not have
-            text.encode()  # raises ValueError for half of a surrogate pair
+            text.encode()  # raises ValueError for half of a surrogate pair, and for a byte that is not UTF-8
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; mend it') from None
         yield [text]

@@ -159,7 +159,7 @@ if __name__ == '__main__':
     after['size, MB'] = megabytes(target)
     print(f"{'':20s}{'original':>12s}{kind:>12s}")
     for what, number in before.items():
-        print(f'{what:20s}{number:12.4f}{after[what]:12.4f}')
+        print(f'{what:20s}{number:12,.5g}{after[what]:12,.5g}')
     if tokens is not None:
         print(f"loss {after['loss'] / before['loss'] - 1:+.2%}: data/{dataset or facts['dataset']}, {split}")
     print(f'{path} -> {target}. Now: python sample.py --checkpoint={shlex.quote(target)}')

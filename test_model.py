@@ -1606,7 +1606,7 @@ def test_prepare_takes_lines_of_json(tmp_path, monkeypatch, packed):
 @pytest.mark.parametrize('name, content, words', [
     ('a.jsonl', b'{"text": "a"}\n{"txt": "b"}\n', 'a.jsonl, line 2: '),
     ('a.jsonl', b'["text"]\n', 'a.jsonl, line 1: '), ('a.jsonl', b'{"text": 5}\n', 'a.jsonl, line 1: '),
-    ('a.jsonl', b'{"text": "\\ud800"}\n', 'line 1: '), ('a.jsonl', b'\n{"text": "\xff"}\n', 'at byte 11'),
+    ('a.jsonl', b'{"text": "\\ud800"}\n', 'line 1: '), ('a.jsonl', b'\n{"text": "\xff"}\n', 'line 2: '),
     ('a.jsonl', b'[' * 100_000, 'line 1: '), ('a.txt.gz', b'plain', 'a.txt.gz: damaged'),
     ('a.txt.gz', gzip.compress(b'words ' * 99, mtime=0)[:-9], 'a.txt.gz: damaged')])
 def test_prepare_names_a_bad_line_and_a_damaged_file(tmp_path, monkeypatch, name, content, words):
