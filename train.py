@@ -164,9 +164,8 @@ class Windows:
         rng = np.random.default_rng((self.seed, epoch))
         starts = rng.permutation(self.count)
         starts *= self.T  # in place: 10 billion tokens have 10 million windows of 1024
-        if self.shift:
-            starts += rng.integers(self.T)
-            starts[starts >= len(self.tokens) - self.T] = 0  # past the end: take the first one instead
+        starts += self.shift * rng.integers(self.T)
+        starts[starts >= len(self.tokens) - self.T] = 0  # past the end: take the first one instead
         return starts
 
     def batch(self, first, rows):
