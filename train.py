@@ -512,21 +512,18 @@ if __name__ == '__main__':
                 state['log_bytes'] = f.tell()  # which flushes first
                 state['rows'].clear()
 
-    @torch.no_grad()
-    @autocast()
     def evaluate(split):
         """Mean loss of eval_iters batches, spread evenly over a split, the same each time; ranks share them.
 
         A split with fewer windows is taken whole. A signal cuts the evaluation short.
         """
-        count, total = eval_iters * batch_size, torch.zeros((), device=chip)
-        if split.count <= count:
-            return split_loss(raw_model, split.tokens, T)
-        parts = (np.linspace(0, split.count - 1, count).astype(np.int64) * T).reshape(-1, rows)
-        for part in parts[rank::ranks]:
-            total += raw_model(*split.at(part))
-            if caught and ranks == 1:
-                break
+        count = eval_iters * batch_size
+        with torch.no_grad(), autocast():
+            if split.count <= count:
+                return split_loss(raw_model, split.tokens, T)
+            parts = (np.linspace(0, split.count - 1, count).astype(np.int64) * T).reshape(-1, rows)
+            losses = (raw_model(*split.at(part)) for part in parts[rank::ranks] if ranks > 1 or not caught)
+            total = sum(losses, torch.zeros((), device=chip))
         if ranks > 1:
             dist.all_reduce(total)
         return total.item() / len(parts)
