@@ -636,8 +636,7 @@ if __name__ == '__main__':
     if ranks > 1:
         dist.barrier()  # torchrun ends all ranks when one leaves with an error, so the save comes first
         dist.destroy_process_group()
-    if not caught:
-        on_signals(end)  # a signal now ends the process at once: all is saved
+    on_signals(end)  # a signal now ends the process at once: all is saved
     if signalled or caught:
         number = signal.Signals(caught[0] if caught else signal.SIGTERM)
         saved = 'not saved' if not out_dir or 'ckpt.pt' in unsaved else 'saved; go on with --init_from=resume'
