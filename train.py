@@ -73,10 +73,9 @@ def orthogonalize_in_ranks(x, dtype):
     if not dist.is_initialized():
         return orthogonalize(x, dtype)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    share = math.ceil(len(x) / ranks)
-    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, share * ranks - len(x)))
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -len(x) % ranks))  # to a multiple of ranks
     whole = torch.empty_like(padded, dtype=dtype)
-    dist.all_gather_into_tensor(whole, orthogonalize(padded.split(share)[rank], dtype).contiguous())
+    dist.all_gather_into_tensor(whole, orthogonalize(padded.chunk(ranks)[rank], dtype).contiguous())
     return whole[:len(x)]
 
 
