@@ -2108,8 +2108,10 @@ def test_train_chooses_a_model_for_a_text_of_ones_own(folder, tmp_path):
         assert about['settings'][key] == value
     more = ['config/mine.py', '--init_from=out/mine', '--out_dir=out/more', '--max_minutes=1e-6']
     third = done(run('train.py', *more, cwd=tmp_path)).stdout  # the shape is the other model's
-    assert '2 layers, 2 heads, width 32, 64 positions, dropout 0.2, decay 0.1, ' in third
-    assert f"{chosen['max_iters']} steps" in third
+    assert f"training tokens: dropout=0.2 max_iters={chosen['max_iters']}\n" in third
+    kept = read(tmp_path / 'out/more/ckpt.pt')['settings']
+    assert [kept[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size')] == [2, 2, 32, 64]
+    assert kept['weight_decay'] == 0.1
     best, last = (read(tmp_path / f'out/mine/{name}.pt') for name in ('best', 'model'))
     assert torch.equal(best['model']['wte.weight'], last['model']['wte.weight'])
     assert last['step'] == about['step'] > best['step']

@@ -353,8 +353,7 @@ if __name__ == '__main__':
         taken = {key: value for key, value in settings_for(len(train_tokens), n_embd).items()
                  if not settings[key] or key == 'weight_decay' and not source}
         merge(settings, globals(), taken, (), '')
-        print(f'chosen for {len(train_tokens):,} training tokens: {n_layer} layers, {n_head} heads, width '
-              f'{n_embd}, {block_size} positions, dropout {dropout}, decay {weight_decay}, {max_iters} steps')
+        print(f'chosen for {len(train_tokens):,} training tokens:', *(f'{k}={settings[k]}' for k in taken))
     if seq_len > block_size:
         fail(f'--seq_len={seq_len}: the model has {block_size} positions, its block_size', 2)
     T, tok = seq_len or block_size, get_tokenizer(data_meta['tokenizer'])

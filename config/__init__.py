@@ -14,7 +14,6 @@ import re
 import signal
 import sys
 import traceback
-import types
 
 given = set()  # names of the settings that a config file or the command line has set
 
@@ -100,8 +99,9 @@ def run_file(path, settings):
         ran = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == found]
         line = ran[-1] if ran else getattr(error, 'lineno', None)  # a SyntaxError comes before any line runs
         fail(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", 2)
-    return {key: value for key, value in scope.items() if not key.startswith('_') and
-            (key in settings or not isinstance(value, (types.ModuleType, type)) and not callable(value))}
+    # a module, a class and a function, which have a __name__, are the file's own business
+    return {key: value for key, value in scope.items()
+            if not key.startswith('_') and (key in settings or not hasattr(value, '__name__'))}
 
 
 def checked(key, value, defaults, source):
