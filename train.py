@@ -44,12 +44,13 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups, lr, momentum=0.95, dtype=torch.bfloat16):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=0.0))
         self.dtype = dtype
-        self.state.update((p, {'momentum': torch.zeros_like(p)}) for group in groups for p in group['params'])
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights, lr = group['params'], group['lr']
+            for p in weights:
+                self.state[p] = self.state[p] or {'momentum': torch.zeros_like(p)}
             averages, updates = [self.state[p]['momentum'] for p in weights], [p.grad for p in weights]
             torch._foreach_lerp_(averages, updates, 1 - group['momentum'])
             torch._foreach_lerp_(updates, averages, group['momentum'])  # Nesterov; overwrites the gradients
