@@ -184,20 +184,18 @@ class Windows:
 
 # -- what is measured ----------------------------------------------------------------------------------------
 
-# Dense 16-bit tensor FLOP/s by the name that torch gives, from NVIDIA's data sheets; halves of the sparse
+# Dense 16-bit tensor TFLOP/s by the name that torch gives, from NVIDIA's data sheets; halves of the sparse
 # figures. The GeForce card: the whitepaper's figure for float32 accumulation.
-PEAK_FLOPS = {
-    'NVIDIA B200': 2250e12, 'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H100 NVL': 835e12,
-    'NVIDIA H100 PCIe': 756e12, 'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA A100-SXM4-40GB': 312e12,
-    'NVIDIA A100 80GB PCIe': 312e12, 'NVIDIA A100-PCIE-40GB': 312e12, 'NVIDIA L40S': 362e12,
-    'NVIDIA L4': 121e12, 'NVIDIA A10G': 70e12, 'Tesla T4': 65e12, 'NVIDIA GeForce RTX 4090': 165e12}
+PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 80GB HBM3': 989, 'H100 NVL': 835, 'H100 PCIe': 756,
+               'A100-SXM4-80GB': 312, 'A100-SXM4-40GB': 312, 'A100 80GB PCIe': 312, 'A100-PCIE-40GB': 312,
+               'L40S': 362, 'L4': 121, 'A10G': 70, 'Tesla T4': 65, 'GeForce RTX 4090': 165}
 
 
 def peak_flops(device, dtype, measure):
     """Peak FLOP/s: the data sheet's for 16 bits; else, with `measure`, that of a timed product; else 0."""
-    name = torch.cuda.get_device_name(device) if device.startswith('cuda') and dtype != torch.float32 else ''
-    if name in PEAK_FLOPS or not measure:
-        return PEAK_FLOPS.get(name, 0)
+    name = device_name(device).removeprefix('NVIDIA ') if dtype != torch.float32 else ''
+    if name in PEAK_TFLOPS or not measure:
+        return 1e12 * PEAK_TFLOPS.get(name, 0)
     from torch.utils.benchmark import Timer
     a = torch.ones(2 * [4096 if device.startswith('cuda') else 1024], device=device, dtype=dtype)
     timer = Timer('product(a, a)', globals=dict(product=product, a=a), num_threads=torch.get_num_threads())
