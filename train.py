@@ -422,7 +422,7 @@ if __name__ == '__main__':
     # logged_step is -1 for a run that starts from another model, so that step 0 is evaluated
     state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if source else 0, loss_sum=0.0, log_bytes=0,
                  recent=[], rows=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
-                 losses={}, best_val=math.inf, best_val_step=0, best_kept=True, bad_evals=0)
+                 losses={}, best_val=math.inf, best_val_step=0, bad_evals=0)
     if start == 'resume':
         state.update(source['state'])
         for one, kept in zip(optimizers, source['optimizers']):  # rates and decay are this command's
@@ -542,8 +542,7 @@ if __name__ == '__main__':
             signal.signal(deadly, signal.SIG_DFL)
 
     # -- the banner ------------------------------------------------------------------------------------------
-    limit = f', {peak / 1e12:.3g} TFLOP/s at most' if peak else ''
-    print(f'{raw_model.num_params():,} parameters on {ranks} x {device_name(chip)}, {how}{limit}')
+    print(f'{raw_model.num_params():,} parameters on {ranks} x {device_name(chip)}, {how}')
     held_out = 'the training split stands in' if val is train else f'{len(val_tokens):,} tokens'
     print(f'data/{dataset}: {len(train_tokens):,} training tokens; validation: {held_out}; {batch_size} x '
           f'{T} x {gradient_accumulation_steps} tokens a step, {epoch_steps:,} steps an epoch')
@@ -584,7 +583,6 @@ if __name__ == '__main__':
             print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
         if state['best_val'] < math.inf and step == state['best_val_step']:  # just judged, or a resume at it
             keep('best.pt', losses=state['losses'])
-            state['best_kept'] = 'best.pt' not in unsaved  # else an older one may be there
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
         if stop or over or signalled:
@@ -648,7 +646,8 @@ if __name__ == '__main__':
     print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at "
           f'best; first step under {passed}')
     best, at = state['best_val'], state['best_val_step']
-    kept = out_dir and state['best_kept'] and os.path.exists(files['best.pt'])
+    # if the best could not be written, an older one may be there
+    kept = out_dir and os.path.exists(files['best.pt']) and read(files['best.pt'], check=False)['step'] == at
     if best < math.inf:
         where = f", kept in {files['best.pt']}" if kept else ''
         print(f'best        {best:.4f} validation, {best * bits:.3f} bits per byte, at step {at:,}{where}')
