@@ -230,8 +230,9 @@ def read_text(path, digest=None, lines=False):
     Adds the text's bytes to the hash `digest`. Raises ValueError for a damaged .gz; and with the position of
     a byte that is not UTF-8, which in lines becomes a lone surrogate instead.
     """
-    unpacked, errors = gzip.open if path.endswith('.gz') else open, 'surrogateescape' if lines else 'strict'
-    with unpacked(path, 'rt', encoding='utf-8', errors=errors, newline='\n') as f:
+    unpack = gzip.open if path.endswith('.gz') else open
+    errors = 'surrogateescape' if lines else 'strict'
+    with unpack(path, 'rt', encoding='utf-8', errors=errors, newline='\n') as f:
         try:
             for text in f if lines else iter(lambda: f.read(2**16), ''):
                 if digest:

@@ -145,7 +145,7 @@ if __name__ == '__main__':
     after = measure(model, kind, tokens, eval_tokens, tokenizer)
     if tokens is not None and not after['loss'] <= before['loss'] * (1 + max_loss_increase):
         fail(f"{kind} raises the loss from {before['loss']:.4f} to {after['loss']:.4f}; nothing is written. "
-             f'Take a finer --dtype (int8, bfloat16) or raise --max_loss_increase={max_loss_increase}')
+             f'Take a finer --dtype (int8, bfloat16), or a --max_loss_increase over {max_loss_increase}')
 
     # -- write and report ------------------------------------------------------------------------------------
     if format == 'hf':
@@ -159,7 +159,9 @@ if __name__ == '__main__':
     after['size, MB'] = megabytes(target)
     print(f"{'':20s}{'original':>12s}{kind:>12s}")
     for what, number in before.items():
-        print(f'{what:20s}{number:12,.5g}{after[what]:12,.5g}')
+        decimals = 4 if what in ('loss', 'bits per byte') else 1
+        print(f'{what:20s}{number:12,.{decimals}f}{after[what]:12,.{decimals}f}')
     if tokens is not None:
-        print(f"loss {after['loss'] / before['loss'] - 1:+.2%}: data/{dataset or facts['dataset']}, {split}")
+        change = after['loss'] / before['loss'] - 1
+        print(f"the loss changes by {change:+.2%} (data/{dataset or facts['dataset']}, {split})")
     print(f'{path} -> {target}. Now: python sample.py --checkpoint={shlex.quote(target)}')
