@@ -145,7 +145,7 @@ if __name__ == '__main__':
     after = measure(model, kind, tokens, eval_tokens, tokenizer)
     if tokens is not None and not after['loss'] <= before['loss'] * (1 + max_loss_increase):
         fail(f"{kind} raises the loss from {before['loss']:.4f} to {after['loss']:.4f}; nothing is written. "
-             f'Take a finer --dtype (int8, bfloat16), or a --max_loss_increase over {max_loss_increase}')
+             f'Take a finer --dtype (int8, bfloat16), or more than --max_loss_increase={max_loss_increase}')
 
     # -- write and report ------------------------------------------------------------------------------------
     if format == 'hf':
