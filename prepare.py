@@ -118,10 +118,10 @@ def learn_tokenizer(pieces, share, vocab_size):
     Its tokens are the 256 bytes and the merges of the most frequent pairs, fewer than asked for if the text
     has no more pairs.
     """
-    import rustbpe  # a notebook may have torch and tiktoken alone
+    import rustbpe  # here, because all else works without it
     learner = rustbpe.Tokenizer()
     texts = (piece.replace(ENDOFTEXT, '') for piece in pieces if piece)
-    chosen = (text for number, text in enumerate(texts, 1) if number * share % 1 < share)
+    chosen = (text for number, text in enumerate(texts) if number * share % 1 < share)
     learner.train_from_iterator(chosen, vocab_size - 1, buffer_size=64, pattern=GPT2_PATTERN)
     tokens = [base64.b64encode(bytes(token)).decode() for token, id in learner.get_mergeable_ranks()]
     return {'name': 'bpe', 'vocab_size': len(tokens) + 1, 'tokens': ' '.join(tokens)}
@@ -224,35 +224,43 @@ def find_files(input):
     return files
 
 
-def read_text(path, digest=None, lines=False):
-    """Yield the text of a UTF-8 file in blocks or in lines, newlines unchanged; a .gz is unpacked.
+def read_bytes(path, digest=None, lines=False):
+    """Yield the bytes of a file in blocks or in lines, unpacked if it is a .gz; path 0 is standard input.
 
-    Adds the text's bytes to the hash `digest`. Raises ValueError for a damaged .gz; and with the position of
-    a byte that is not UTF-8, which in lines becomes a lone surrogate instead.
+    Adds them to the hash `digest`. Raises ValueError for a damaged .gz.
     """
-    unpack = gzip.open if path.endswith('.gz') else open
-    errors = 'surrogateescape' if lines else 'strict'
-    with unpack(path, 'rt', encoding='utf-8', errors=errors, newline='\n') as f:
-        try:
-            for text in f if lines else iter(lambda: f.read(2**16), ''):
+    try:
+        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
+            for block in f if lines else iter(lambda: f.read(2**16), b''):
                 if digest:
-                    digest.update(text.encode(errors=errors))
-                yield text
-        except UnicodeDecodeError as error:  # in error.object, the bytes read last
-            position = f.buffer.tell() - len(error.object) + error.start
-            raise ValueError(f'{path}: not UTF-8 at byte {position:,}; convert it by iconv') from None
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f'{path}: damaged: {error}; get the file again') from None
+                    digest.update(block)
+                yield block
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f'{path}: damaged: {error}; get the file again') from None
+
+
+def read_text(path, digest=None):
+    """Yield the text of a UTF-8 file in blocks, newlines unchanged; see read_bytes().
+
+    Raises ValueError with the position of a byte that is not UTF-8.
+    """
+    name, done = path or 'standard input', 0
+    try:
+        for text in codecs.iterdecode(read_bytes(path, digest), 'utf-8'):
+            yield text
+            done += len(text.encode())
+    except UnicodeDecodeError as error:  # of the bytes after the first `done`
+        raise ValueError(f'{name}: not UTF-8 at byte {done + error.start:,}; convert it by iconv') from None
 
 
 def read_json_lines(path, digest=None):
     """For each line of a .jsonl file yield [its `text`]. Raises ValueError for a line that has none."""
-    for number, line in enumerate(read_text(path, digest, lines=True), 1):
+    for number, line in enumerate(read_bytes(path, digest, lines=True), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line.encode())['text']  # takes a byte order mark, which a str must not have
-            text.encode()  # raises ValueError for half of a surrogate pair, and for a byte that is not UTF-8
+            text = json.loads(line)['text']
+            text.encode()  # raises ValueError for half of a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; mend it') from None
         yield [text]
@@ -277,13 +285,14 @@ def cut_exactly(blocks):
     A piece ends where a word does, because GPT2_PATTERN always cuts between a word and a blank. Text after
     the last word of a block waits for the next block.
     """
-    held = ''
+    held = []  # the text after the last piece; as one string, it would be copied for each block without a blank
     for block in blocks:
-        text = held + block
-        piece = text[:max(text.rfind(' '), text.rfind('\n')) + 1].rstrip(BLANKS)
-        yield piece
-        held = text[len(piece):]
-    yield held
+        piece = block[:max(block.rfind(' '), block.rfind('\n')) + 1].rstrip(BLANKS)
+        if piece:
+            yield ''.join([*held, piece])
+            held.clear()
+        held.append(block[len(piece):])
+    yield ''.join(held)
 
 
 def split_at(cut, pieces):

@@ -77,10 +77,8 @@ if drafts == 'True' and not index:
     fail("--drafts=True: needs a single text, a CPU, and the model's training data in data/; leave it out", 2)
 if index and len(train) > len(index.ids):
     print(f'drafts come from the first {len(index.ids):,} of {len(train):,} training tokens', file=sys.stderr)
-if start == '-':
-    start = sys.stdin.buffer.read().decode()
-elif start.startswith('FILE:'):
-    start = ''.join(read_text(start[5:]))
+if start == '-' or start.startswith('FILE:'):
+    start = ''.join(read_text(0 if start == '-' else start[5:]))
 if not interactive:
     write(start)
     sys.exit()

@@ -1469,9 +1469,10 @@ def test_bpe_tokenizer_learns_the_same_from_a_text_in_any_pieces():
     assert whole == learn_tokenizer(parts, 1, 700)  # and so on any number of threads
     assert whole['vocab_size'] == 700 == get_tokenizer(whole).vocab_size
     half = learn_tokenizer(parts, 0.5, 700)
-    assert half == learn_tokenizer(parts[1::2], 1, 700) != whole
+    assert half == learn_tokenizer(parts[::2], 1, 700) != whole
     apart = [piece for part in parts for piece in (part, None)]  # every part a document
     assert learn_tokenizer(apart, 0.5, 700) == half
+    assert learn_tokenizer([text], 0.01, 700) == whole  # a text without blanks is one piece, and is learnt
     assert learn_tokenizer(['ab ab ab'], 1, 700)['vocab_size'] == 259  # bytes, ab, " ab", the end
 
 

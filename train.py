@@ -350,7 +350,7 @@ if __name__ == '__main__':
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
         # settings left at 0, and for new weights a decay that may be stronger
         taken = {key: value for key, value in settings_for(len(train_tokens), n_embd).items()
-                 if not settings[key] or key == 'weight_decay' and not source}
+                 if key not in given and (not settings[key] or key == 'weight_decay' and not source)}
         merge(settings, globals(), taken, (), '')
         print(f'chosen for {len(train_tokens):,} training tokens:', *(f'{k}={settings[k]}' for k in taken))
     if seq_len > block_size:
@@ -422,7 +422,7 @@ if __name__ == '__main__':
     # logged_step is -1 for a run that starts from another model, so that step 0 is evaluated
     state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if source else 0, loss_sum=0.0, log_bytes=0,
                  recent=[], rows=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
-                 losses={}, best_val=math.inf, best_val_step=0, bad_evals=0)
+                 losses={}, best_val=math.inf, best_val_step=0, best_kept=True, bad_evals=0)
     if start == 'resume':
         state.update(source['state'])
         for one, kept in zip(optimizers, source['optimizers']):  # rates and decay are this command's
@@ -583,6 +583,7 @@ if __name__ == '__main__':
             print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
         if state['best_val'] < math.inf and step == state['best_val_step']:  # just judged, or a resume at it
             keep('best.pt', losses=state['losses'])
+            state['best_kept'] = 'best.pt' not in unsaved  # else an older one may be there
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
         if stop or over or signalled:
@@ -646,8 +647,7 @@ if __name__ == '__main__':
     print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at "
           f'best; first step under {passed}')
     best, at = state['best_val'], state['best_val_step']
-    # if the best could not be written, an older one may be there
-    kept = out_dir and os.path.exists(files['best.pt']) and read(files['best.pt'], check=False)['step'] == at
+    kept = out_dir and state['best_kept'] and os.path.exists(files['best.pt'])
     if best < math.inf:
         where = f", kept in {files['best.pt']}" if kept else ''
         print(f'best        {best:.4f} validation, {best * bits:.3f} bits per byte, at step {at:,}{where}')

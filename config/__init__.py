@@ -99,9 +99,9 @@ def run_file(path, settings):
         ran = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == found]
         line = ran[-1] if ran else getattr(error, 'lineno', None)  # a SyntaxError comes before any line runs
         fail(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", 2)
-    # a module, a class and a function, which have a __name__, are the file's own business
-    return {key: value for key, value in scope.items()
-            if not key.startswith('_') and (key in settings or not hasattr(value, '__name__'))}
+    # modules, which have a __name__, and what can be called are the file's own business
+    own = {key for key, value in scope.items() if callable(value) or hasattr(value, '__name__')} - {*settings}
+    return {key: scope[key] for key in scope if key not in own and not key.startswith('_')}
 
 
 def checked(key, value, defaults, source):
@@ -175,8 +175,8 @@ def report(kind, error, trace, memory_advice):
     from_torch = issubclass(kind, RuntimeError) and (size or re.search('out of memory|overflow', str(error)))
     if issubclass(kind, MemoryError) or from_torch:
         message = f"out of memory{f' ({size[0]})' if size else ''}; {memory_advice}"
-    elif issubclass(kind, ModuleNotFoundError):
-        message = f'{error}; pip install {error.name}'
+    elif issubclass(kind, ModuleNotFoundError) and error.name:
+        message = f"{error}; pip install {error.name.split('.')[0]}"
     elif not issubclass(kind, OSError) and not (issubclass(kind, ValueError) and ours):
         return sys.__excepthook__(kind, error, trace)
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)
