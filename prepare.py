@@ -285,7 +285,7 @@ def cut_exactly(blocks):
     A piece ends where a word does, because GPT2_PATTERN always cuts between a word and a blank. Text after
     the last word of a block waits for the next block.
     """
-    held = []  # the text after the last piece; as one string, it would be copied for each block without a blank
+    held = []  # text after the last piece; one string would be copied for each block without a blank
     for block in blocks:
         piece = block[:max(block.rfind(' '), block.rfind('\n')) + 1].rstrip(BLANKS)
         if piece:

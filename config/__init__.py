@@ -99,7 +99,7 @@ def run_file(path, settings):
         ran = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == found]
         line = ran[-1] if ran else getattr(error, 'lineno', None)  # a SyntaxError comes before any line runs
         fail(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}", 2)
-    # modules, which have a __name__, and what can be called are the file's own business
+    # modules (which have a __name__) and callables are the file's own business
     own = {key for key, value in scope.items() if callable(value) or hasattr(value, '__name__')} - {*settings}
     return {key: scope[key] for key in scope if key not in own and not key.startswith('_')}
 
