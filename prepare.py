@@ -116,9 +116,9 @@ def learn_tokenizer(pieces, share, vocab_size):
     """The meta of a bpe tokenizer learnt from a `share` of the pieces of a text, evenly spread.
 
     Its tokens are the 256 bytes and the merges of the most frequent pairs, fewer than asked for if the text
-    has no more pairs.
+    has no more pairs. Raises ImportError if rustbpe is not installed; all else works without it.
     """
-    import rustbpe  # here, because all else works without it
+    import rustbpe
     learner = rustbpe.Tokenizer()
     texts = (piece.replace(ENDOFTEXT, '') for piece in pieces if piece)
     chosen = (text for number, text in enumerate(texts) if number * share % 1 < share)
