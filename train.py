@@ -184,8 +184,8 @@ class Windows:
 
 # -- what is measured ----------------------------------------------------------------------------------------
 
-# Dense 16-bit tensor TFLOP/s by the name that torch gives, from NVIDIA's data sheets; halves of the sparse
-# figures. The GeForce card: the whitepaper's figure for float32 accumulation.
+# Dense 16-bit tensor TFLOP/s by torch's name of the GPU, less "NVIDIA", from NVIDIA's data sheets: halves of
+# the sparse figures. The GeForce card: the whitepaper's figure for float32 accumulation.
 PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 80GB HBM3': 989, 'H100 NVL': 835, 'H100 PCIe': 756,
                'A100-SXM4-80GB': 312, 'A100-SXM4-40GB': 312, 'A100 80GB PCIe': 312, 'A100-PCIE-40GB': 312,
                'L40S': 362, 'L4': 121, 'A10G': 70, 'Tesla T4': 65, 'GeForce RTX 4090': 165}
