@@ -30,7 +30,7 @@ stop = ''                 # a text ends before this string
 context = 0               # tokens the model attends to; 0 = as many as it was trained with
 seed = 1337               # text i is drawn with seed + i
 device = 'auto'           # auto, cpu, cuda, cuda:1, mps
-compile = 'auto'          # long texts by a CUDA graph or a CPU trace; on a GPU True compiles too, for 20 s
+compile = 'auto'          # long texts by a CUDA graph or a CPU trace; on a GPU True compiles too, for 30 s
 drafts = 'auto'           # several ids a pass on a CPU, by the training text; auto = over 16,384 ids in all
 configure(globals(), dict(
     num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_p=(0, 1), min_p=(0, 1),

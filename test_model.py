@@ -580,15 +580,29 @@ def test_gpt_in_bfloat16_has_float32_logits(gpt, kind):
     assert logits.dtype == torch.float32 and exact.mean() < -90 and (logits - exact).abs().max() < 1e-3
 
 
-def test_gpt_steps_with_static_shapes_as_without(gpt):
+@pytest.mark.parametrize('texts, compiled', [(3, False), (1, True), (3, True)])
+def test_gpt_steps_with_static_shapes_as_without(gpt, texts, compiled):
     """What a CUDA graph captures: the position is a tensor, and all of the cache is read behind a mask."""
-    idx, caches = torch.randint(1100, (3, 12)), [gpt.new_cache(3, 32)[0] for _ in range(2)]
+    idx, caches = torch.randint(1100, (texts, 12)), [gpt.new_cache(texts, 32)[0] for _ in range(2)]
     for cache in caches:
         gpt.next_logits(idx[:, :7], cache)
+    gpt.compiled_steps = compiled
+    if compiled:
+        gpt.compile(backend='eager', fullgraph=True)
     for position in range(7, 12):
         fixed, plain = (gpt.next_logits(idx[:, position:position + 1], cache, start)
                         for cache, start in zip(caches, (torch.tensor([position]), position)))
         assert torch.allclose(fixed, plain, atol=1e-5)
+    gpt.compile(disable=True)
+
+
+def test_compiled_attention_of_one_position_equals_attention():
+    q, k, v = (torch.randn(2, 3, T, 16) for T in (1, 9, 9))
+    mask = torch.zeros(1, 9).masked_fill(torch.arange(9) > 6, -math.inf)
+    compiled = torch.compile(model.attend_in_products, backend='eager', fullgraph=True)
+    exact = F.scaled_dot_product_attention(q, k[:, :, :7], v[:, :, :7])
+    for attend in (compiled, model.attend_in_products):
+        assert torch.allclose(attend(q, k, v, 0.0, mask), exact, atol=1e-5)
 
 
 def test_gpt_generates_without_cudnns_attention(gpt, monkeypatch):
