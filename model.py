@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 FORMAT_VERSION = 1
@@ -108,8 +109,7 @@ def product(x, weight, bias=None):
     """x (…, C) @ weight.T (C, O) + bias (O): F.linear, but with cpu_product() for float32 on a CPU."""
     if torch.compiler.is_compiling() and x.numel() == x.size(-1):
         # one row, as in a text's step on a GPU: 2 to 4 us on an H200, and by cuBLAS 4 to 7
-        y = (x[..., None, :] * weight).sum(-1)
-        return y if bias is None else y + bias
+        return (x[..., None, :] * weight).sum(-1) + (0 if bias is None else bias)
     float32 = x.dtype == torch.float32 and x.is_cpu and not torch.is_autocast_enabled('cpu')
     if not float32 or torch.jit.is_tracing() or torch.is_grad_enabled() and MANY_ROWS != 'onednn':
         return F.linear(x, weight, bias)
@@ -513,18 +513,15 @@ class GPT(nn.Module):
         return [self.wpe.weight.new_zeros(shape) for _ in self.h], seen
 
     @torch.inference_mode()
+    @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def next_logits(self, idx, cache, start=0):
         """Logits (B, n, V) in float32 after ids (B, T) at positions start…, which are added to the cache.
 
-        n is T, or 1 for a prompt (at start 0), where only the last id's are wanted.
+        n is T, or 1 for a prompt (at start 0), where only the last id's are wanted. cuDNN's attention stays
+        out, because it plans each new length for 20 to 40 ms.
         """
-        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans each new length for 20 to 40 ms
-        try:
-            x = self.hidden(idx, cache, start)
-            return self.head(x[:, -1:] if isinstance(start, int) and start == 0 else x).float()
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        x = self.hidden(idx, cache, start)
+        return self.head(x[:, -1:] if isinstance(start, int) and start == 0 else x).float()
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
                  repetition_penalty=1.0, num_samples=1, seed=1337, context=0, compile='auto', drafts=None):
