@@ -376,10 +376,13 @@ class Block(nn.Module):
 
 
 def loss_of_logits(logits, targets, dtype):
-    """Losses (rows, 1) of logits (rows, V) for targets (rows, 1), and the gradient of their sum (rows, V)."""
-    logp = logits.log_softmax(dim=-1, dtype=torch.float32)
-    chosen = logp.gather(1, targets)
-    return -chosen, logp.exp_().to(dtype).scatter_(1, targets, chosen.expm1().to(dtype))
+    """Losses (rows, 1) of logits (rows, V) for targets (rows, 1), and the gradient of their sum (rows, V).
+
+    A loss is at most 87 nats, the logarithm of the smallest float32.
+    """
+    probs = logits.softmax(dim=-1, dtype=torch.float32)
+    chosen = probs.gather(1, targets)
+    return -chosen.clamp(min=2**-126).log(), probs.to(dtype).scatter_(1, targets, (chosen - 1).to(dtype))
 
 
 class HeadLoss(torch.autograd.Function):

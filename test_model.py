@@ -652,6 +652,11 @@ def test_head_loss_equals_cross_entropy(dtype, tolerance):
         assert (ours - theirs).norm() / theirs.norm() < tolerance
 
 
+def test_loss_of_an_id_without_a_probability_is_finite():
+    losses, grad = model.loss_of_logits(torch.tensor([[0.0, 200.0]]), torch.tensor([[0]]), torch.float32)
+    assert 87 < losses.item() < 88 and grad.tolist() == [[-1, 1]]
+
+
 @pytest.mark.parametrize('wrong', [dict(n_head=5), dict(n_layer=0), dict(dropout=1.0), dict(vocab_size=-3)],
                          ids=str)
 def test_gpt_config_refuses_impossible_shapes(wrong):
