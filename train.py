@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum with an orthogonalized update: every direction of a matrix is learnt at the same rate.
 
     For 2-D weights; Keller Jordan's, https://kellerjordan.github.io/posts/muon/. The update is scaled by
-    0.2·√max(rows, columns), which makes it as long as AdamW's, so that one learning rate serves both
+    0.2·√max(rows, columns), which makes it as large as AdamW's, so that one learning rate serves both
     (Moonlight, https://arxiv.org/abs/2502.16982). c_attn (3C, C) counts as three matrices: q, k and v.
     dtype is the type of the products; bfloat16 is slow on a CPU without bfloat16 units.
     """
@@ -70,7 +70,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize_in_ranks(x, dtype):
-    """orthogonalize(x (n, rows, columns)), where each rank does its share of the n and receives the rest."""
+    """orthogonalize(x (n, rows, columns)); each rank does its share of the n and receives the rest."""
     if not dist.is_initialized():
         return orthogonalize(x, dtype)
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -103,7 +103,7 @@ def orthogonalize(x, dtype=torch.float32):
 def step_together(optimizers, scaler, norm):
     """Step all optimizers, whose gradients are unscaled, or none if their common norm is not finite.
 
-    A GradScaler looks at one optimizer's gradients at a time, while clipping has mixed them all.
+    A GradScaler judges each optimizer's gradients alone, but clipping has scaled them all by that norm.
     """
     if not scaler.is_enabled() or norm.isfinite():
         for one in optimizers:
@@ -152,7 +152,7 @@ def settings_for(tokens, width=0):
 # -- batches -------------------------------------------------------------------------------------------------
 
 class Windows:
-    """The windows of T tokens, each with the next token, that a split is cut into."""
+    """A split, cut into windows of T tokens; each is read with the token after it."""
 
     def __init__(self, tokens, T, device, seed=0, shift=False):
         self.tokens, self.T, self.device, self.seed, self.shift = tokens, T, device, seed, shift
@@ -169,7 +169,7 @@ class Windows:
         return starts
 
     def batch(self, first, rows):
-        """Inputs and targets (B, T) of `rows` windows from number `first` on, counted through all epochs."""
+        """Inputs and targets (B, T) of `rows` windows from number `first` on, counted over all epochs."""
         return self.at([self.starts(i // self.count)[i % self.count] for i in range(first, first + rows)])
 
     def at(self, starts):
@@ -184,8 +184,8 @@ class Windows:
 
 # -- what is measured ----------------------------------------------------------------------------------------
 
-# Dense 16-bit tensor TFLOP/s by torch's name of the GPU, less "NVIDIA", from NVIDIA's data sheets: halves of
-# the sparse figures. The GeForce card: the whitepaper's figure for float32 accumulation.
+# Dense 16-bit tensor TFLOP/s by torch's name of the GPU without "NVIDIA", from NVIDIA's data sheets, whose
+# sparse figures are halved. The GeForce card's is the whitepaper's, with float32 accumulation.
 PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 80GB HBM3': 989, 'H100 NVL': 835, 'H100 PCIe': 756,
                'A100-SXM4-80GB': 312, 'A100-SXM4-40GB': 312, 'A100 80GB PCIe': 312, 'A100-PCIE-40GB': 312,
                'L40S': 362, 'L4': 121, 'A10G': 70, 'Tesla T4': 65, 'GeForce RTX 4090': 165}
@@ -299,7 +299,7 @@ if __name__ == '__main__':
         source = resumable and read(files['ckpt.pt'])
         if not source or source['kind'] != 'checkpoint':
             fail(f"{files['ckpt.pt']} is no checkpoint of a run; use --init_from=auto, or another --out_dir")
-        given.update(('out_dir', 'init_from', 'overwrite'))  # this command's, never the checkpoint's
+        given.update(('out_dir', 'init_from', 'overwrite'))  # these are never taken from the checkpoint
         merge(settings, globals(), source['settings'], (*shape, 'dataset', 'tokenizer', 'optimizer'), out_dir)
     elif there and not replace:
         ways = '--init_from=resume goes on, ' * resumable + '--overwrite replaces it'
@@ -315,7 +315,7 @@ if __name__ == '__main__':
     chip = pick_device(device)
     kind = chip.split(':')[0]
     if kind == 'cuda':
-        torch.cuda.set_device(chip)  # first, or the next calls would open a context on GPU 0
+        torch.cuda.set_device(chip)  # before the next calls, which would open a context on GPU 0
     if patience and not eval_interval:
         fail('--patience needs evaluations, but --eval_interval is 0; set --eval_interval', 2)
     # ranks share the accumulation where it divides evenly, else the batch
@@ -325,7 +325,7 @@ if __name__ == '__main__':
     if left_over:
         fail(f'{ranks} ranks cannot share batch_size {batch_size}; make it a multiple of {ranks}', 2)
 
-    agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # outlives a restart
+    agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # the store outlives a restart
     # each node counts its own restarts, so their stores' prefixes would differ
     if agent_store and os.getenv('GROUP_WORLD_SIZE') != '1' and os.getenv('TORCHELASTIC_MAX_RESTARTS') != '0':
         fail('nodes could not meet again: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or --max-restarts=0', 2)
@@ -335,9 +335,9 @@ if __name__ == '__main__':
         prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'),
                 replace=False)
     if ranks > 1:
-        # preparing a large corpus takes long
+        # a day, because rank 0 may prepare a large corpus meanwhile
         store = next(dist.rendezvous('env://', rank, ranks, timeout=datetime.timedelta(days=1)))[0]
-        # the prefix hides the last attempt's addresses
+        # the prefix hides the addresses that the attempt before left in the store
         store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'] if agent_store else '', store)
         store.set(f'rank {rank}', 'has its data')
         store.wait(['rank 0'])
@@ -345,7 +345,7 @@ if __name__ == '__main__':
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=gpu)
     train_tokens, val_tokens, data_meta = load_data(dataset)
     here = repr((start, source.get('step', 0), settings, data_meta))
-    if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first to come sets it
+    if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first rank to come sets it
         fail(f'rank {rank} has other settings, other data or another run than the first; give all the same')
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
         # settings left at 0, and for new weights a decay that may be stronger
@@ -361,7 +361,7 @@ if __name__ == '__main__':
         config = GPTConfig(block_size, tok.vocab_size, n_layer, n_head, n_embd, dropout, bias)
     except ValueError as error:
         fail(error, 2)
-    if {**data_meta, **source.get('data', {})} != data_meta:  # an older checkpoint says less
+    if {**data_meta, **source.get('data', {})} != data_meta:  # an older checkpoint has fewer keys
         fail(f"data/{dataset} has not the model's text or tokenizer; name another --dataset or --out_dir")
     if len(train_tokens) < T + 1:
         fail(f'data/{dataset}: {len(train_tokens)} training tokens, under seq_len {T} + 1; lower --seq_len')
@@ -394,9 +394,9 @@ if __name__ == '__main__':
     how = str(compute_dtype).removeprefix('torch.')
 
     def learn(x, y):
-        """The loss of a batch (B, T), as its share of the step's; adds its gradients, or writes them."""
+        """A batch's (B, T) part of the step's loss; writes its gradients, or with accumulation adds them."""
         if accumulation == 1:
-            raw_model.zero_grad()  # a graph, too, then writes them at the addresses it was captured with
+            raw_model.zero_grad()  # here, so that a graph writes them at the addresses it was captured with
         with autocast():
             loss = model(x, y) / accumulation
         scaler.scale(loss).backward()
@@ -412,20 +412,20 @@ if __name__ == '__main__':
         if kind == 'cuda' and ranks == 1 and not gradient_checkpointing:
             # 32 x 128 tokens of GPT-2 small take an H100 12 ms, and 28 when Python launches each kernel
             graph = or_none(capture, learn, *train.batch(0, rows))
-            torch.cuda.empty_cache()  # the warm-up's memory, which the graph does not use
+            torch.cuda.empty_cache()  # frees the warm-up's memory, which the graph does not use
             torch.cuda.reset_peak_memory_stats()
         how += f', compiled in {time.time() - began:.0f} s'
     if ranks > 1:
         model = torch.nn.parallel.DistributedDataParallel(raw_model)
 
-    # -- the state of the run: all of it but weights and optimizers ------------------------------------------
+    # -- the state of the run, without weights and optimizers ------------------------------------------------
     # logged_step is -1 for a run that starts from another model, so that step 0 is evaluated
     state = dict(step=0, tokens=0, seconds=0.0, logged_step=-1 if source else 0, loss_sum=0.0, log_bytes=0,
                  recent=[], rows=[], grad_norm=0.0, first_loss=0.0, best_loss=math.inf, passed={},
                  losses={}, best_val=math.inf, best_val_step=0, best_kept=True, bad_evals=0)
     if start == 'resume':
         state.update(source['state'])
-        for one, kept in zip(optimizers, source['optimizers']):  # rates and decay are this command's
+        for one, kept in zip(optimizers, source['optimizers']):  # keeps this command's rates and decay
             one.load_state_dict({'state': kept['state'], 'param_groups': one.state_dict()['param_groups']})
         scaler.load_state_dict(source['scaler'] or scaler.state_dict())
     facts = dict(tokenizer=data_meta['tokenizer'], trained_context=raw_model.trained_context, dataset=dataset,
@@ -435,7 +435,7 @@ if __name__ == '__main__':
         lock = FolderLock(out_dir)  # until the process ends
         if there != {path: os.path.getmtime(path) for path in files.values() if os.path.exists(path)}:
             fail(f'{out_dir}: another run has just been there; start again, or name another --out_dir')
-        # a checkpoint has weights and up to two averages in float32; a new one is written beside the old one
+        # room for two checkpoints, the old and the new: weights and up to two averages in float32 each
         free, need = shutil.disk_usage(out_dir).free, 2 * 12 * raw_model.num_params()
         if free + sum(map(os.path.getsize, there)) < need:
             fail(f'{out_dir}: {free / 1e6:,.0f} MB are free, and a run needs {need / 1e6:,.0f} MB; make room')
@@ -443,13 +443,13 @@ if __name__ == '__main__':
             os.remove(path)
 
     # -- what is saved, logged and evaluated -----------------------------------------------------------------
-    # one process leaves as soon as a signal is caught; several ranks agree to, on GPUs within ten steps
-    caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; (signalled, late)
+    # one process stops as soon as it catches a signal; several ranks first agree, on GPUs within ten steps
+    caught, pending, flags = [], [], (False, False)  # signals; (loss, norm) of steps; (signalled, time over)
     unsaved = set()  # names of the files whose last write failed
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
     def tried(name, write, *args, **more):
-        """Write one of the run's files; if that fails, say so, note it in `unsaved`, and go on."""
+        """Write one of the run's files; if that fails, print why, note it in `unsaved`, and go on."""
         unsaved.discard(name)
         if master and out_dir:
             try:
@@ -496,21 +496,21 @@ if __name__ == '__main__':
         tried('log.csv', write_rows, row)
 
     def write_rows(path, *new):
-        """Append to log.csv the new rows, and those before that could not be written."""
+        """Append the new rows to log.csv, after any that could not be written before."""
         state['rows'] += new
         if state['rows']:
             with open(path, 'a+', encoding='utf-8', newline='\n') as f:
-                # cut off half a row, where the disk was full, and the rows after a resumed run's checkpoint
+                # cut off half a row that a full disk left, and the rows after a resumed run's checkpoint
                 f.truncate(min(state['log_bytes'], f.tell()))
                 f.seek(0)
                 header = f.readline() or ','.join(state['rows'][0]) + '\n'  # an older log has no val_bpb
                 rows = [','.join([*row.values()][:header.count(',') + 1]) + '\n' for row in state['rows']]
                 f.write((header if f.tell() == 0 else '') + ''.join(rows))  # one write for all
-                state['log_bytes'] = f.tell()  # which flushes first
+                state['log_bytes'] = f.tell()  # this flushes, so a full disk shows here
                 state['rows'].clear()
 
     def evaluate(split):
-        """Mean loss of eval_iters batches, spread evenly over a split, the same each time; ranks share them.
+        """Mean loss of eval_iters batches spread evenly over a split, always the same; ranks share them out.
 
         A split with fewer windows is taken whole. A signal cuts the evaluation short.
         """
@@ -526,7 +526,7 @@ if __name__ == '__main__':
         return total.item() / len(parts)
 
     def judge(step, losses):
-        """Print and note the losses of an evaluation, and whether they are the best so far."""
+        """Print an evaluation's losses and note them in the state, and whether they are the best so far."""
         val_loss, better = losses['val_loss'], losses['val_loss'] < state['best_val']
         print(f"evaluation at step {step:,}: train {losses['train_loss']:.4f}, validation {val_loss:.4f}, "
               f"{losses['val_bpb']:.3f} bits per byte{', the best so far' if better else ''}", flush=True)
@@ -537,7 +537,7 @@ if __name__ == '__main__':
     def catch(number, frame):
         """Note the first signal, for the loop to save and end; a second one ends the process at once."""
         caught.append(number)
-        sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # `| tee` or the terminal may have ended too
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # `| tee` or the terminal may be gone
         for deadly in (signal.SIGINT, signal.SIGTERM):  # not SIGHUP: a terminal that closes may send two
             signal.signal(deadly, signal.SIG_DFL)
 
@@ -581,9 +581,9 @@ if __name__ == '__main__':
             last_time, last_tokens = now, state['tokens']
         elif kind == 'cpu' and step == first_step + 3 and now - began > 10:
             print(f'at this rate it takes {left}; config/quickstart.py takes a minute', flush=True)
-        if state['best_val'] < math.inf and step == state['best_val_step']:  # just judged, or a resume at it
+        if state['best_val'] < math.inf and step == state['best_val_step']:  # just judged, or resumed at it
             keep('best.pt', losses=state['losses'])
-            state['best_kept'] = 'best.pt' not in unsaved  # else an older one may be there
+            state['best_kept'] = 'best.pt' not in unsaved  # else the file may be of an older step
         if 0 < patience <= state['bad_evals']:
             stop = stop or f'no better validation loss in {patience} evaluations'
         if stop or over or signalled:
@@ -598,7 +598,7 @@ if __name__ == '__main__':
         for group in (group for one in optimizers for group in one.param_groups):
             group.update({'lr': lr, 'betas': (beta, beta2)} if 'betas' in group else {'lr': lr})
         if accumulation > 1:
-            raw_model.zero_grad(set_to_none=graph is None)  # a graph adds to the gradients at its addresses
+            raw_model.zero_grad(set_to_none=graph is None)  # a graph adds to the gradients where they were
         loss = torch.zeros((), device=chip)
         for micro_step in range(accumulation):
             if dropout:
@@ -615,7 +615,7 @@ if __name__ == '__main__':
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
         step_together(optimizers, scaler, norm)
         if kind == 'cpu' or ranks == 1 or step % 10 == 0:  # bool(flag) waits for a GPU
-            signalled, over = map(bool, flags)  # of the step before
+            signalled, over = map(bool, flags)  # the flags of the step before
         flags = bool(caught), 0 < max_minutes < (time.time() - began) / 60
         if ranks > 1:
             sums = torch.stack([loss, *(torch.full_like(loss, flag) for flag in flags)])
@@ -660,7 +660,7 @@ if __name__ == '__main__':
             final[name] = split_loss(raw_model, tokens, context, final_eval_tokens, f'{name} loss')
         count = min(final_eval_tokens or len(tokens), len(tokens))
         per_byte = final[name] * bits_per_nat(tokens[:count], tok)
-        final.setdefault('bits per byte', per_byte)  # of the first
+        final.setdefault('bits per byte', per_byte)  # of the first split
         print(f'{name:11s} {final[name]:.4f}, {per_byte:.3f} bits per byte, over {count:,} of '
               f'{len(tokens):,} tokens, {context} at a time')
     keep('model.pt', losses=final)
