@@ -37,7 +37,7 @@ VOCABULARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', 'g
 GPT2 = {'name': 'gpt2', 'vocab_size': 50257}  # the meta of GPT-2's tokenizer
 # how GPT-2 splits text before it merges bytes: the pattern of https://github.com/openai/tiktoken
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# the characters that \s matches in this pattern; Python's isspace() accepts four control characters more
+# the characters that \s matches in this pattern; Python's isspace() is also true of four control characters
 BLANKS = ''.join(c for c in map(chr, range(0x3001)) if c.isspace() and not '\x1c' <= c <= '\x1f')
 # the position before the last blank of a run of more than 10,000 blanks
 LONG_RUN_END = re.compile(rf'(?=[{BLANKS}][^{BLANKS}])(?<=[{BLANKS}]{{10000}})')
@@ -48,8 +48,8 @@ LONG_RUN_END = re.compile(rf'(?=[{BLANKS}][^{BLANKS}])(?<=[{BLANKS}]{{10000}})')
 class BPETokenizer:
     """Byte-pair encoding by tiktoken: GPT-2's, or one learnt from a text by learn_tokenizer().
 
-    `tokens` are in base64, in the order of their ids; the document end comes last. Raises ValueError if they
-    are not those of `meta`.
+    `tokens` are in base64, in the order of their ids; the document end gets the next id. Raises ValueError if
+    there are more or fewer than `meta` says, or if one of the 256 bytes is missing.
     """
     def __init__(self, tokens, meta):
         self.meta, self.vocab_size = meta, len(tokens) + 1
@@ -59,7 +59,7 @@ class BPETokenizer:
             raise ValueError(f"the {meta['name']} vocabulary is damaged (gpt2's is {VOCABULARY})")
         self.encoding = tiktoken.Encoding(meta['name'], pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                           special_tokens={ENDOFTEXT: self.eot})
-        self.decode_bytes = self.encoding.decode_bytes  # ids -> UTF-8, perhaps cut inside a character
+        self.decode_bytes = self.encoding.decode_bytes  # ids -> UTF-8, which may end inside a character
 
     def encode(self, text, special_tokens=False):
         """Text -> list of ids. With special_tokens the text <|endoftext|> becomes the id eot.
@@ -67,7 +67,7 @@ class BPETokenizer:
         tiktoken panics on a run of about a million blanks inside a text, but not at its end. So long runs
         are cut before their last blank, where GPT2_PATTERN cuts them anyway.
         """
-        if special_tokens:  # no document ends after the last <|endoftext|>
+        if special_tokens:  # the last part has no <|endoftext|> after it
             return [id for part in text.split(ENDOFTEXT) for id in (*self.encode(part), self.eot)][:-1]
         parts = LONG_RUN_END.split(text) if len(text) > 100_000 else [text]
         return [id for part in parts for id in self.encoding.encode_ordinary(part)]
@@ -134,16 +134,16 @@ def byte_lengths(tokenizer):
 
 
 def bits_per_nat(tokens, tokenizer, size=0):
-    """What turns a mean loss over these ids, in nats an id, into bits a byte of their text, `size` bytes.
+    """The factor that turns a mean loss over these ids, in nats per id, into bits per byte of their text.
 
-    Without `size` the bytes are counted.
+    `size` is the text's length in bytes; without it the bytes are counted.
     """
     lengths, parts = byte_lengths(tokenizer), np.array_split(tokens, len(tokens) // 2**24 + 1)
     return len(tokens) / (size or sum(int(lengths[part].sum()) for part in parts) or 1) / math.log(2)
 
 
 def hugging_face_tokenizer(tokenizer, context):
-    """The tokenizer as one of transformers, whose save_pretrained() writes what AutoTokenizer reads.
+    """The tokenizer as one of transformers, whose save_pretrained() writes a folder for AutoTokenizer.
 
     A char vocabulary becomes a BPE without merges. `context` is the most tokens that the model can attend to.
     """
@@ -165,7 +165,7 @@ def hugging_face_tokenizer(tokenizer, context):
 # -- ids to text ---------------------------------------------------------------------------------------------
 
 class TextStream:
-    """Turns ids into text one by one; `text` has whole characters only and ends before the string `stop`."""
+    """Turns ids into text one by one; `text` has only whole characters and ends before the string `stop`."""
 
     def __init__(self, tokenizer, stop=''):
         self.tokenizer, self.stop = tokenizer, stop
@@ -209,10 +209,10 @@ def stream_texts(steps, tokenizer, count, stop=''):
 
 
 # -- text to ids ---------------------------------------------------------------------------------------------
-# In this section a text is a sequence of pieces that can be encoded one by one, and None between documents.
+# In this section a text is a sequence of pieces that can be encoded one by one, with None between documents.
 
 def find_files(input):
-    """The files that `input` names, sorted: one file, all files in a folder but hidden ones, or a glob's.
+    """The files that `input` names, sorted: one file, a folder's (except hidden ones), or those of a glob.
 
     Raises FileNotFoundError if there are none.
     """
@@ -267,7 +267,7 @@ def read_json_lines(path, digest=None):
 
 
 def read_documents(files, tokenizer, digest=None):
-    """Yield the pieces of all documents; between two yield None, or a newline if the tokenizer is 'char'.
+    """Yield the pieces of all documents, and between two documents None, or a newline for tokenizer 'char'.
 
     A document is a file, or a line's `text` in a .jsonl or .jsonl.gz file.
     """
@@ -298,7 +298,7 @@ def cut_exactly(blocks):
 def split_at(cut, pieces):
     """Yield ('train', piece) for the first `cut` characters of the pieces, ('val', piece) for the rest.
 
-    A piece that is cut in two here still gives the ids of either split.
+    A piece is cut in two here, if need be. Each split's ids are still those of its whole text.
     """
     position = 0
     for piece in pieces:
@@ -313,7 +313,7 @@ def split_at(cut, pieces):
 
 
 def write_splits(folder, tokenizer, pairs, special_tokens, total):
-    """Encode pairs of a split and a piece, all of train first, into files of uint16; `total` is their bytes.
+    """Encode (split, piece) pairs, all of train first, into the splits' files; `total` is their text's bytes.
 
     Prints the progress. Returns what meta.json says about the splits: {'tokens': {split: its number of ids},
     'bytes': {split: the bytes of its text}, 'sha256': {split: the file's}}.
@@ -329,7 +329,7 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
     digests = defaultdict(hashlib.sha256)
     began = shown = time.time()
     for split, pairs_of_split in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        # threads, because tiktoken releases the GIL; a few pieces ahead, because all would fill the memory
+        # threads, because tiktoken releases the GIL; only a few pieces ahead, or they would fill the memory
         with open(f'{folder}/{split}.bin', 'wb') as f, ThreadPoolExecutor(cores) as pool:
             jobs = (pool.submit(encode, piece) for _, piece in pairs_of_split)
             ahead = deque(itertools.islice(jobs, 4 * cores))
@@ -389,7 +389,7 @@ def replacing_files(folder, old):
         here = [name for name in dict.fromkeys([*old, *names]) if os.path.exists(f'{folder}/{name}')]
         away = [(f'{folder}/{name}', f'{new}/{name}.old') for name in here]
         for move in away + [(f'{new}/{name}', f'{folder}/{name}') for name in names]:
-            moved.append(move)  # first, because a signal may come between
+            moved.append(move)  # before the move, because a signal may come between
             os.replace(*move)
         if lock.descriptor is not None:  # the renames reach the disk with the folder
             os.fsync(lock.descriptor)
@@ -398,7 +398,7 @@ def replacing_files(folder, old):
             if os.path.exists(after):
                 os.replace(after, before)
         shutil.rmtree(new, ignore_errors=True)
-        if getattr(error, 'errno', None) and not error.filename:  # of a write, which does not say where
+        if getattr(error, 'errno', None) and not error.filename:  # a failed write, which names no file
             raise OSError(error.errno, error.strerror, folder) from None
         raise
     shutil.rmtree(new, ignore_errors=True)
@@ -425,10 +425,10 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
             special_tokens=False, vocab_size=0, known=None, replace=True):
     """Turn text into the files of data/<dataset>/; return the contents of meta.json.
 
-    The last `val_fraction` of the characters is cut off before tokenizing. Between two documents stands the
-    document end, or a newline for char. `known` is the meta of a tokenizer to use; without it, char takes the
-    text's characters, and bpe learns a vocabulary of `vocab_size` ids from the training split (0: 1,024 for
-    texts under 400 kB, 4,096 from 1.6 MB on, else 2,048).
+    The last `val_fraction` of the characters is cut off before tokenizing. The document end stands between
+    two documents, or a newline for char. `known` is the meta of a tokenizer to use; without it, char takes
+    the text's characters, and bpe learns a vocabulary of `vocab_size` ids from the training split (0: 1,024
+    for texts under 400 kB, 4,096 from 1.6 MB on, else 2,048).
     Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were. Without
     `replace` it also raises ValueError if there are data already.
     """
@@ -436,7 +436,7 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
     began, files, digest = time.time(), find_files(input), hashlib.sha256()
     total, size, found = 0, 0, set()
-    for piece in read_documents(files, tokenizer, digest):  # a first reading: the cut needs the length
+    for piece in read_documents(files, tokenizer, digest):  # a first reading, for the length
         total, size = total + len(piece or ''), size + len((piece or '').encode())
         if tokenizer == 'char':
             found.update(piece)
@@ -487,7 +487,7 @@ def load_data(dataset):
     if os.path.exists(f'{folder}/meta.json'):
         try:
             meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
-            # an older meta.json has neither key
+            # an older meta.json has neither checksum nor sha256
             if meta.pop('checksum', '') != (checksum(meta) if 'sha256' in meta else ''):
                 raise ValueError('its checksum is of other contents')
             if get_tokenizer(meta['tokenizer']).vocab_size != meta['tokenizer']['vocab_size']:
@@ -500,13 +500,13 @@ def load_data(dataset):
     for split in ('train', 'val'):
         path = f'{folder}/{split}.bin'
         size = os.path.getsize(path) if os.path.exists(path) else 0
-        # a val.bin that meta.json does not name is left over from a preparation that was killed; without
-        # counts any even size is right
+        # a val.bin that meta.json does not name is left over from a preparation that was killed; where there
+        # are no counts, any even size is right
         want = 2 * counts.get(split, 0 if counts else size // 2)
         if want and size != want or split == 'train' and not want:
             raise ValueError(f'{path}: {size:,} bytes instead of {want:,}; prepare it again with prepare.py')
         splits.append(np.memmap(path, dtype='<u2', mode='r') if want else None)
-        known = meta.get('sha256', {}).get(split)  # a file over 1 GB would take seconds
+        known = meta.get('sha256', {}).get(split)  # hashing over 1 GB would take seconds
         if known and size <= 2**30 and hashlib.sha256(splits[-1]).hexdigest() != known:
             raise ValueError(f'{path}: damaged: not the ids that prepare.py wrote; prepare it again')
         if not known and want and splits[-1].max() >= meta['tokenizer']['vocab_size']:
@@ -517,7 +517,7 @@ def load_data(dataset):
 def load_data_of(meta, dataset=''):
     """load_data()'s (train, val) that a model was trained on, or those of `dataset`; `meta` is the model's.
 
-    (None, None) if they are not here whole, or in another tokenizer, or fewer than four ids.
+    (None, None) if they are absent or damaged, use another tokenizer, or train has fewer than four ids.
     """
     with contextlib.suppress(ValueError, OSError, AttributeError, KeyError, TypeError):  # damaged or absent
         dataset = dataset or meta['dataset']
@@ -536,7 +536,7 @@ def check_data(dataset, meta, wanted):
     has = {**meta, 'vocab_size': meta['tokenizer']['vocab_size'], 'tokenizer': meta['tokenizer']['name'],
            'input': meta.get('source', {}).get('input')}
     for key, value in wanted.items():
-        # nanoGPT's data do not say; meta['vocab_size'] is the one asked for: 0, or more than the text has
+        # nanoGPT's data has no such keys; meta['vocab_size'] is what was asked for: 0, or more than was found
         same = has.get(key) is None or value in (has[key], meta.get(key))
         if key == 'input' and has['input']:
             digest = hashlib.sha256()

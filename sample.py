@@ -30,8 +30,8 @@ stop = ''                 # a text ends before this string
 context = 0               # tokens the model attends to; 0 = as many as it was trained with
 seed = 1337               # text i is drawn with seed + i
 device = 'auto'           # auto, cpu, cuda, cuda:1, mps
-compile = 'auto'          # long texts by a CUDA graph or a CPU trace; on a GPU True compiles too, for 30 s
-drafts = 'auto'           # several ids a pass on a CPU, by the training text; auto = over 16,384 ids in all
+compile = 'auto'          # long texts by a CUDA graph or a CPU trace; on a GPU True compiles too, in 20-50 s
+drafts = 'auto'           # guess ids from the training text, on a CPU; auto = for a vocabulary over 16,384
 configure(globals(), dict(
     num_samples=(1,), max_new_tokens=(1,), temperature=(0, 1e9), top_p=(0, 1), min_p=(0, 1),
     repetition_penalty=(1e-3, 1e3), seed=(0, 2**63 - 1), device=pick_device,
@@ -44,8 +44,8 @@ def write(prompt):
     ids = tokenizer.encode(prompt, special_tokens=True) or [tokenizer.start]
     if len(ids) > window:
         print(f'the prompt has {len(ids):,} tokens; the model reads the last {window:,}', file=sys.stderr)
-    began, tokens, passes = time.perf_counter(), 0, index.passes - 1 if index else 0  # the prompt's pass too
-    for i in range(0, num_samples, 32):  # 32 at once: for GPT-2 small their KV cache stays below 3 GB
+    began, tokens, passes = time.perf_counter(), 0, index.passes - 1 if index else 0  # the prompt's counts
+    for i in range(0, num_samples, 32):  # 32 at once: their KV cache stays below 3 GB for GPT-2 small
         count, printed = min(num_samples - i, 32), 0
         steps = model.generate(torch.tensor([ids]), max_new_tokens, temperature, top_k, top_p, min_p,
                                repetition_penalty, count, seed + i, context, compile, index)
@@ -69,7 +69,7 @@ print(f"{meta['path']}: {model.num_params():,} parameters, step {meta['step']:,}
 tokenizer, window = get_tokenizer(meta['tokenizer']), context or model.trained_context
 if context > model.config.block_size:
     fail(f'--context={context}: the model has {model.config.block_size} positions', 2)
-# auto: four ids of a small vocabulary match too often to say much
+# auto: four ids of a small vocabulary match too often to be good guesses
 wanted = drafts == 'True' or drafts == 'auto' and tokenizer.vocab_size > 2**14
 train = load_data_of(meta)[0] if wanted and num_samples == 1 and pick_device(device) == 'cpu' else None
 index = None if train is None else Index(train)
@@ -88,7 +88,7 @@ with contextlib.suppress(ImportError):  # Windows has none
     import readline  # noqa: F401  (gives input() arrow keys and history)
 while True:
     try:
-        # where stdout is no terminal it gets the texts alone, so input() asks on stderr
+        # a stdout that is no terminal gets the texts alone, so input() asks on stderr
         with contextlib.redirect_stdout(sys.stdout if sys.stdout and sys.stdout.isatty() else sys.stderr):
             prompt, start = start or input('Prompt> '), ''  # a prompt that was given comes first
     except (EOFError, KeyboardInterrupt) as leaving:
