@@ -57,7 +57,7 @@ NUMBERS = dict(  # what a visitor may set: label, least and greatest value, defa
 
 # Gradio would run a generator's steps on any of forty threads, and torch gives each of these its own OpenMP
 # threads. With more of those than cores, libgomp puts them to sleep at every barrier, which costs a third of
-# the speed. So each visitor served has one thread, which runs all the steps.
+# the speed. So one thread runs all steps of a visitor's texts; there are `at_once` of them.
 idle = asyncio.Queue()  # (thread, its ident)
 gone = set()            # idents of the threads whose visitor has left
 for thread in [ThreadPoolExecutor(1) for _ in range(at_once)]:
@@ -65,7 +65,7 @@ for thread in [ThreadPoolExecutor(1) for _ in range(at_once)]:
 
 
 # -- the models ----------------------------------------------------------------------------------------------
-# Functions with an argument `changed`, a file's time, are cached: a file is read again only when it changes.
+# Functions with an argument `changed`, a file's time, are cached: they read a file again when that changes.
 
 def newest_first(pattern):
     """Paths, the newest first, of the files in `home` and its subfolders (one a run) that match a pattern."""
@@ -82,7 +82,7 @@ def model_files():
 
 
 def get_model(path):
-    """What loaded() gives for one of model_files(), '' for the first. Raises ValueError for any other."""
+    """What loaded() gives for a path of model_files(); '' is the first. Raises ValueError for any other."""
     paths = model_files()
     path = path or (paths or [None])[0]
     if path not in paths:
@@ -91,7 +91,7 @@ def get_model(path):
 
 
 def stop_if_gone(*_):
-    """End a long prompt's pass between two layers."""
+    """Raise InterruptedError if this thread's visitor has left, to end a long prompt between two layers."""
     if threading.get_ident() in gone:
         raise InterruptedError('Stopped.')
 
@@ -102,7 +102,7 @@ def loaded(path, changed):
     with contextlib.suppress(AttributeError, TypeError):  # glibc keeps most of a model that was replaced
         ctypes.CDLL(None).malloc_trim(0)
     model, meta = load(path, chip)
-    for block in model.h if chip == 'cpu' else ():  # a GPU reads a prompt at once
+    for block in model.h if chip == 'cpu' else ():  # a GPU reads a prompt in no time
         block.ln_1.register_forward_pre_hook(stop_if_gone)
     train, _ = load_data_of(meta)
     return model, get_tokenizer(meta['tokenizer']), None if train is None else Index(train)
@@ -125,14 +125,14 @@ def description(path, changed):
 # -- memory or invention -------------------------------------------------------------------------------------
 
 def recited(ids, index, n):
-    """Bools: which ids are part of n in a row that the training text, an Index, holds too."""
+    """A bool for each id: whether it is part of a run of n ids that the training text's Index holds."""
     held = [index.holds(ids[i:i + n]) for i in range(len(ids) - n + 1)]
     # an id is part of the runs that begin at it or at one of the n - 1 before it
     return torch.tensor([any(held[max(i - n + 1, 0):i + 1]) for i in range(len(ids))])
 
 
 def highlighted(ids, tokenizer, found):
-    """HTML of the ids' text, the recited parts marked. A character of several tokens counts with its last."""
+    """HTML of the ids' text, the found parts marked. A character of several tokens counts with its last."""
     stream, parts = TextStream(tokenizer), []
     for id, mark in zip(ids, found):
         stream.feed(id)
@@ -144,7 +144,7 @@ def highlighted(ids, tokenizer, found):
 # -- generation ----------------------------------------------------------------------------------------------
 
 def number(value, label, least, greatest):
-    """A visitor's number, brought within its limits. Raises ValueError with a sentence for anything else."""
+    """A visitor's number, brought within its limits. Raises ValueError if it is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ValueError(f'{label} must be a number from {least:,} to {greatest:,}.')
     return type(least)(min(max(value, least), greatest))
@@ -154,7 +154,7 @@ def write(path, prompt, seed, *numbers):
     """Yield, several times a second, a dict: a TextStream for each text, and facts about them.
 
     The arguments come from a visitor and are checked here; numbers are in the order of NUMBERS. Raises
-    ValueError with a sentence.
+    ValueError with a message for the visitor.
     """
     if not isinstance(prompt, str) or len(prompt) > max_prompt:
         raise ValueError(f'The prompt must be a text of at most {max_prompt:,} characters.')
@@ -163,7 +163,7 @@ def write(path, prompt, seed, *numbers):
     model, tokenizer, index = get_model(path)
     prompt = prompt.encode('utf-8', 'replace').decode()  # a lone surrogate cannot be sent back
     ids = tokenizer.encode(prompt) or [tokenizer.start]
-    drafts = index if tokenizer.vocab_size > 2**14 else None  # ids of few match too often
+    drafts = index if tokenizer.vocab_size > 2**14 else None  # a small vocabulary's ids match too often
     steps = model.generate(torch.tensor([ids]), seed=seed, drafts=drafts, **settings)
     state = dict(prompt=prompt, ids=ids, index=index, tokenizer=tokenizer, seed=seed, ended='writing')
     began, shown = time.perf_counter(), 0.0
@@ -181,7 +181,7 @@ def write(path, prompt, seed, *numbers):
 async def on_thread(steps, escape=str):
     """Yield what the generator `steps` yields, run on an idle thread; show its errors to the visitor.
 
-    When this is closed (Stop, or a visitor who leaves), `steps` is closed after the layer in progress.
+    When this is closed (by Stop, or because the visitor leaves), `steps` ends after the layer in progress.
     """
     (thread, ident), loop = await idle.get(), asyncio.get_running_loop()
     try:
@@ -208,7 +208,7 @@ async def generate(prompt: str, max_new_tokens: int = 100, temperature: float = 
 
 
 async def show(*inputs):
-    """The same for the page. Each update is HTML of the texts and of the line below them."""
+    """generate() for the page. Each update is HTML of the texts and of the line below them."""
     async for update in on_thread(updates(*inputs), html.escape):
         yield update
 
@@ -217,7 +217,7 @@ def updates(*inputs):
     """What show() yields: the texts as they come, and at the end with the recited parts marked."""
     for state in write(*inputs):
         yield panels(state, [html.escape(stream.text) for stream in state['streams']]), status(state)
-    # about as much text: 8 tokens of a large vocabulary, 30 characters, 12 tokens of a small vocabulary
+    # these hold about as much text: 8 tokens of a large vocabulary, 12 of a small one, 30 characters
     tokenizer, texts, shares = state['tokenizer'], [], []
     n = 8 if tokenizer.vocab_size > 2**14 else 30 if tokenizer.eot is None else 12
     if not state['index']:  # the training data is not here, so nothing is marked
@@ -254,7 +254,7 @@ def status(state):
 def curve(path, changed):
     """Tables of the losses and of the learning rate by step, from a log.csv, and a line about it."""
     log = pandas.read_csv(path)
-    # a thousand points or two, counted from the last; evaluations are rare, and all are kept
+    # one to two thousand points, of which the last row is one; evaluations are rare, and all are kept
     log = log[log.val_loss.notna() | (log.index[::-1] % max(len(log) // 1000, 1) == 0)]
     log = log.rename(columns={'loss': 'batches', 'train_loss': 'train', 'val_loss': 'validation'})
     losses = log.melt('step', ['batches', 'train', 'validation'], 'curve', 'loss').dropna()
@@ -265,7 +265,7 @@ def curve(path, changed):
 
 
 def look(choice, known):
-    """The models to choose from, a line about the chosen one, the curves; nothing if the page shows them.
+    """The list of models, a line about the chosen one, and the curves; no update where the page has them.
 
     The last item returned, `here`, comes back as `known`: the chosen path, and the files with their times.
     """
@@ -276,7 +276,7 @@ def look(choice, known):
     if here == known and path == choice:
         return gr.skip()
     about = description(path, os.path.getmtime(path)) if path else NO_MODEL
-    same = known and known[:2] == here[:2] and path == choice  # an update would close the list of models
+    same = known and known[:2] == here[:2] and path == choice  # an update would close an open list of models
     try:
         shown = curve(*log[0])
     except (ValueError, LookupError, AttributeError, OSError):  # there is none, or it is being written
@@ -317,7 +317,7 @@ with gr.Blocks(title='folio') as page:
             about = gr.HTML(elem_classes='line', elem_id='about')
             sliders = [gr.Slider(least, greatest, default, step=step, label=label, info=hint)
                        for label, least, greatest, default, step, hint in NUMBERS.values()]
-            sliders[0].minimum = min(10, max_tokens)  # fewer tokens only through the API
+            sliders[0].minimum = min(10, max_tokens)  # the API takes fewer
             seed = gr.Number(-1, label='Seed', info='-1 = a new one each time', precision=0)
     with gr.Tab('Training'):
         source = gr.HTML(elem_classes='line')
@@ -332,23 +332,23 @@ with gr.Blocks(title='folio') as page:
     gr.on([page.load, gr.Timer(3).tick, choice.change], look, [choice, known],
           [choice, about, losses, rates, source, known], **quietly)
     gr.api(generate, api_name='generate', **in_turn)
-page.queue(max_size=queue_size, api_open=False)  # nobody writes past the queue
+page.queue(max_size=queue_size, api_open=False)  # no call goes around the queue
 
 if __name__ == '__main__':
     if model_files():  # read one on the last thread made, so that the first visitor need not wait
         thread.submit(get_model, '').result()
     theme = gr.themes.Soft(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']).set(
         body_text_color_subdued='*neutral_600')
-    # texts on the theme's own indigo, or in it, have less than the contrast of WCAG's AA, 4.5 to 1
+    # text in the theme's own indigo, or on it, has less contrast than WCAG's AA asks for, 4.5 to 1
     theme.primary_400, theme.primary_500 = theme.primary_600, theme.primary_700
     try:
         page.launch(server_name=host or None, server_port=port if 'port' in given else None, share=share,
                     auth=tuple(login.split(':', 1)) if login else None, theme=theme, css=CSS,
                     footer_links=['api'], show_error=True, max_file_size=1, ssr_mode=False,
-                    # a limit, for Gradio keeps a request in memory; JSON may need 12 bytes for a character
+                    # limited, because a request stays in memory; JSON may need 12 bytes for a character
                     app_kwargs=dict(max_body_size=12 * max_prompt + 20_000), state_session_capacity=256,
                     _frontend=False)  # else Gradio gives up where its page takes three seconds to answer
-    except SystemExit as leaving:  # of a signal; a text in progress would abort a process that leaves slowly
+    except SystemExit as leaving:  # after a signal; a slow exit would abort if a text is in progress
         for tunnel in gr.tunneling.CURRENT_TUNNELS:  # of --share
             tunnel.kill()
         os._exit(leaving.code)

@@ -1,4 +1,4 @@
-"""A trained model -> what one deploys: a smaller file beside it, or a folder in Hugging Face's format.
+"""Convert a trained model for deployment: to a smaller file beside it, or a folder in Hugging Face's format.
 
 $ python quantize.py                      # out/model.pt -> out/model_int8.pt: 498 -> 126 MB, the same loss
 $ python quantize.py --dtype=int4         # -> out/model_int4.pt: 71 MB, the loss 0.1% higher
@@ -41,7 +41,7 @@ def convert(weights, dtype):
 
 
 def measure(model, name, tokens, eval_tokens, tokenizer):
-    """{what: number} of a model: its loss over `tokens`, if there are any, and its speed."""
+    """{what was measured: number}: a model's loss over `tokens`, unless they are None, and its speed."""
     start, steps, numbers = torch.tensor([[tokenizer.start]]), min(64, model.trained_context), {}
     if tokens is not None:
         loss = split_loss(model, tokens, model.trained_context, eval_tokens, f'loss of {name}')
@@ -49,7 +49,7 @@ def measure(model, name, tokens, eval_tokens, tokenizer):
         numbers = {'loss': loss, 'bits per byte': loss * bits}
     for what, texts in (('tokens/s, one text', 1), ('tokens/s, eight', 8)):
         seconds = timeit.repeat(lambda: list(model.generate(start, steps, num_samples=texts, compile='True')),
-                                number=1, repeat=3)  # the first warms up
+                                number=1, repeat=3)  # the first one warms up
         numbers[what] = texts * steps / min(seconds)
     return numbers
 
@@ -95,7 +95,7 @@ if __name__ == '__main__':
     checkpoint = 'out'        # a model file, a folder of them (see README) or a Hub id
     dtype = 'int8'            # int8, int4, bfloat16 or float32
     format = 'folio'          # folio: a model file; hf: a folder for transformers, in float32 or bfloat16
-    max_loss_increase = 0.05  # write nothing if the loss rises by more than this share of it
+    max_loss_increase = 0.05  # write nothing if the loss rises by more than this share; 0.05 = 5%
     dataset = ''              # measure the loss on data/<dataset>/; empty = what the model was trained on
     eval_tokens = 0           # tokens to measure the loss on, at least 2; 0 = all
     sidecars = False          # also write config.json (the shape) and meta.json (tokenizer, step, losses, …)

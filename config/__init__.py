@@ -21,13 +21,13 @@ given = set()  # names of the settings that a config file or the command line ha
 def configure(namespace, limits=None, memory_advice='lower the sizes asked for'):
     """Override the settings in `namespace` by sys.argv, in place; return all of them as a dict.
 
-    A setting is a bool, int, float or str whose name is lowercase and has no leading underscore. It keeps
-    its type. `limits` maps its name to (least,) or (least, greatest), to a tuple of the strings allowed, or
+    A setting is a bool, int, float or str whose name is lowercase and has no leading underscore. Its type
+    is kept. `limits` maps its name to (least,) or (least, greatest), to a tuple of the strings allowed, or
     to a function that raises ValueError; by default a number must be at least 0. A wrong setting ends the
     process with one line and status 2.
 
-    Run as a script (not imported by a test), errors are one line too, with `memory_advice` if memory runs
-    out, and Ctrl-C and SIGTERM end the process at once with status 130 and 143.
+    In a script that is run (not imported by a test), other errors are one line too, with `memory_advice` if
+    memory runs out, and Ctrl-C and SIGTERM end the process at once with status 130 and 143.
     """
     if namespace.get('__name__') == '__main__':
         sys.excepthook = lambda *raised: report(*raised, memory_advice)
@@ -58,8 +58,8 @@ def configure(namespace, limits=None, memory_advice='lower the sizes asked for')
 def merge(settings, namespace, kept, fixed, owner):
     """Set the settings that were not given to the values in `kept`, a checkpoint's, in both dicts.
 
-    Names in `kept` that are no settings any more are ignored. Ends the process if one of the names in
-    `fixed` was given another value than `owner`, the checkpoint, has.
+    Names in `kept` that are no longer settings are ignored. Ends the process if a name in `fixed` was given
+    a value other than that of `owner`, the checkpoint.
     """
     for key, value in kept.items():
         if key in given and key in fixed and settings[key] != value:
@@ -82,7 +82,7 @@ def parse(arg, args, settings):
     try:
         return {key: {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)}
     except (KeyError, ValueError):
-        return {key: text}  # the wrong type; checked() refuses it
+        return {key: text}  # of the wrong type; checked() refuses it
 
 
 def run_file(path, settings):
@@ -131,7 +131,7 @@ def check_limit(key, value, limit):
             fail(f"--{key}={value}: choose one of {', '.join(limit)}", 2)
     elif not value >= limit[0]:  # not `<`, which would accept nan
         fail(f'--{key}={value}: must be at least {limit[0]}', 2)
-    elif value > (*limit, 2**63 - 1)[1]:  # the most that torch and numpy can hold
+    elif value > (*limit, 2**63 - 1)[1]:  # the greatest integer of torch and numpy
         fail(f'--{key}={value}: must be at most {(*limit, 2**63 - 1)[1]}', 2)
 
 
@@ -167,7 +167,7 @@ def fail(message, status=1):
 
 
 def report(kind, error, trace, memory_advice):
-    """sys.excepthook: a line for what a user can mend (files, memory, values, packages), else a traceback."""
+    """sys.excepthook: a line for what a user can fix (files, memory, values, packages), else a traceback."""
     home = os.path.dirname(os.path.dirname(__file__))
     ours = os.path.dirname(traceback.extract_tb(trace)[-1].filename) in (home, os.path.dirname(__file__))
     message = f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else error
