@@ -980,15 +980,13 @@ def find(path):
     """
     path = download(os.fspath(path))
     names = os.listdir(path) if os.path.isdir(path) else []
-    here = [os.path.join(path, name) for name in ('model.pt', 'ckpt.pt') if name in names]
-    if here:
+    if here := [os.path.join(path, name) for name in ('model.pt', 'ckpt.pt') if name in names]:
         return max(here, key=lambda file: step_of(file, os.path.getmtime(file)))
     weights = any(re.match(r'pytorch_model|.*\.safetensors', name) for name in names)
     if os.path.isfile(path) or 'config.json' in names and weights:
         return path
     runs = [os.path.join(path, name, file) for name in names for file in ('model.pt', 'ckpt.pt')]
-    newest = max(filter(os.path.exists, runs), key=os.path.getmtime, default=None)
-    if newest:
+    if newest := max(filter(os.path.exists, runs), key=os.path.getmtime, default=None):
         return find(os.path.dirname(newest))
     raise FileNotFoundError(f'{path or "(empty)"}: no model; name one, or run train.py config/quickstart.py')
 
