@@ -218,8 +218,7 @@ def find_files(input):
     """
     pattern = os.path.join(glob.escape(input), '**') if os.path.isdir(input) else input
     found = [input] if os.path.isfile(input) else glob.glob(pattern, recursive=True)
-    files = sorted(filter(os.path.isfile, found))
-    if not files:
+    if not (files := sorted(filter(os.path.isfile, found))):
         raise FileNotFoundError(f'{input or "(empty)"}: no such file, folder or glob; name another input')
     return files
 
@@ -287,8 +286,7 @@ def cut_exactly(blocks):
     """
     held = []  # text after the last piece; one string would be copied for each block without a blank
     for block in blocks:
-        piece = block[:max(block.rfind(' '), block.rfind('\n')) + 1].rstrip(BLANKS)
-        if piece:
+        if piece := block[:max(block.rfind(' '), block.rfind('\n')) + 1].rstrip(BLANKS):
             yield ''.join([*held, piece])
             held.clear()
         held.append(block[len(piece):])
