@@ -10,7 +10,6 @@ import dataclasses
 import glob
 import json
 import os
-import re
 import shlex
 import sys
 import timeit
@@ -71,7 +70,7 @@ def write_hugging_face(folder, config, weights, dtype, facts):
     tokenizer, tensors = get_tokenizer(facts['tokenizer']), {}
     for name, w in weights.items():
         # Hugging Face's matrices are (inputs, outputs), and its GPT-2 always has biases
-        tensors[f'transformer.{name}'] = w.t().contiguous() if re.search(r'c_\w+\.weight', name) else w
+        tensors[f'transformer.{name}'] = w.t().contiguous() if '.c_' in name and w.dim() == 2 else w
         if not config.bias and name.endswith('weight') and name not in ('wte.weight', 'wpe.weight'):
             tensors['transformer.' + name.replace('weight', 'bias')] = w.new_zeros(len(w))
     said = GPT2Config(
