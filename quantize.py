@@ -7,7 +7,6 @@ $ python quantize.py --format=hf          # -> out/hf/, for transformers, llama.
 $ python quantize.py --checkpoint=out/quickstart
 """
 import dataclasses
-import glob
 import json
 import os
 import shlex
@@ -55,7 +54,7 @@ def measure(model, name, tokens, eval_tokens, tokenizer):
 
 def megabytes(path):
     """Size of a model file, or of the .safetensors files in a folder."""
-    files = [path] if os.path.isfile(path) else glob.glob(os.path.join(glob.escape(path), '*.safetensors'))
+    files = [path] if os.path.isfile(path) else Path(path).glob('*.safetensors')
     return sum(map(os.path.getsize, files)) / 1e6
 
 
@@ -79,7 +78,7 @@ def write_hugging_face(folder, config, weights, dtype, facts):
         resid_pdrop=config.dropout, architectures=['GPT2LMHeadModel'], bos_token_id=tokenizer.eot,
         eos_token_id=tokenizer.eot, dtype=dtype, folio={**facts, 'config': dataclasses.asdict(config)})
     patterns = 'model*.safetensors*', 'pytorch_model*.bin*', 'vocab.json', 'merges.txt'
-    old = [name for pattern in patterns for name in glob.glob(pattern, root_dir=folder)]
+    old = [path.name for pattern in patterns for path in Path(folder).glob(pattern)]
     with replacing_files(folder, ['config.json', *old]) as new:
         try:
             hugging_face_tokenizer(tokenizer, facts['trained_context']).save_pretrained(new)
