@@ -38,13 +38,12 @@ def convert(weights, dtype):
                              f'{dtype}; take an earlier model or --dtype=bfloat16')
 
 
-def measure(model, name, tokens, eval_tokens, tokenizer):
+def measure(model, name, tokens, max_tokens, tokenizer):
     """{what was measured: number}: a model's loss over `tokens`, unless they are None, and its speed."""
     start, steps, numbers = torch.tensor([[tokenizer.start]]), min(64, model.trained_context), {}
     if tokens is not None:
-        loss = split_loss(model, tokens, model.trained_context, eval_tokens, f'loss of {name}')
-        bits = bits_per_nat(tokens[:eval_tokens or None], tokenizer)
-        numbers = {'loss': loss, 'bits per byte': loss * bits}
+        loss = split_loss(model, tokens, model.trained_context, max_tokens, f'loss of {name}')
+        numbers = {'loss': loss, 'bits per byte': loss * bits_per_nat(tokens[:max_tokens or None], tokenizer)}
     for what, texts in (('tokens/s, one text', 1), ('tokens/s, eight', 8)):
         seconds = timeit.repeat(lambda: list(model.generate(start, steps, num_samples=texts, compile='True')),
                                 number=1, repeat=3)  # the first one warms up
