@@ -306,9 +306,8 @@ def is_learning(module):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        layer = LAYERS[config.quantized]
-        self.c_attn = layer(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = layer(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = LAYERS[config.quantized](config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = LAYERS[config.quantized](config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x, cache=None, where=None, mask=None):
@@ -352,9 +351,8 @@ def attend_in_products(q, k, v, dropout, mask=None):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        layer = LAYERS[config.quantized]
-        self.c_fc = layer(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = layer(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = LAYERS[config.quantized](config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = LAYERS[config.quantized](4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x):
