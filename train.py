@@ -174,11 +174,10 @@ class Windows:
 
     def at(self, starts):
         """Inputs and targets, each (B, T), on the device, of the windows that begin at `starts` (B,)."""
-        ids = self.tokens[np.array(starts)[:, None] + np.arange(self.T + 1)]  # (B, T + 1)
-        ids = torch.from_numpy(ids.astype(np.int64))
+        ids = torch.from_numpy(self.tokens[np.add.outer(starts, np.arange(self.T + 1))].astype(np.int64))
         if self.device.startswith('cuda'):
             ids = ids.pin_memory()  # or each step would wait for the GPU
-        ids = ids.to(self.device, non_blocking=ids.is_pinned())
+        ids = ids.to(self.device, non_blocking=ids.is_pinned())  # (B, T + 1)
         return ids[:, :-1], ids[:, 1:].contiguous()
 
 
