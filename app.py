@@ -242,10 +242,9 @@ def panels(state, texts):
 
 def status(state):
     """A line of HTML about the texts so far."""
-    tokens, seconds = sum(len(stream.ids) for stream in state['streams']), max(state['seconds'], 1e-9)
+    tokens, took = sum(len(stream.ids) for stream in state['streams']), max(state['seconds'], 1e-9)
     ended = ', '.join(dict.fromkeys(stream.ended or state['ended'] for stream in state['streams']))
-    return (f'{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s; '
-            f"seed {state['seed']}; {ended}")
+    return f"{tokens:,} tokens in {took:.1f} s, {tokens / took:.0f} tokens/s; seed {state['seed']}; {ended}"
 
 
 # -- the training curve --------------------------------------------------------------------------------------
