@@ -226,9 +226,8 @@ def updates(*inputs):
         found = recited(state['ids'] + stream.ids, state['index'], n)[len(state['ids']):]
         texts.append(highlighted(stream.ids, tokenizer, found))
         shares.append(f'{found.float().mean():.0%}')
-    yield panels(state, texts), (
-        f"{status(state)}<br>{', '.join(shares)} stands word for word in the training text (marked; "
-        f'{n} tokens or more). Models of a small text recite it.')
+    yield panels(state, texts), (f"{status(state)}<br>{', '.join(shares)} is word for word in the training "
+                                 f'text (marked; {n} tokens or more). Models of a small text recite it.')
 
 
 def panels(state, texts):
