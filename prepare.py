@@ -538,8 +538,7 @@ def check_data(dataset, meta, wanted):
         same = has.get(key) is None or value in (has[key], meta.get(key))
         if key == 'input' and has['input']:
             digest = hashlib.sha256()
-            for _ in read_documents(find_files(value), has['tokenizer'], digest):
-                pass
+            deque(read_documents(find_files(value), has['tokenizer'], digest), maxlen=0)  # reads all of it
             same = digest.hexdigest() == meta['source']['sha256']
         if not same:
             how = 'has changed' if has[key] == value else f'differs from {value}'
