@@ -96,8 +96,7 @@ if __name__ == '__main__':
     dataset = ''              # measure the loss on data/<dataset>/; empty = what the model was trained on
     eval_tokens = 0           # tokens to measure the loss on, at least 2; 0 = all
     sidecars = False          # also write config.json (the shape) and meta.json (tokenizer, step, losses, …)
-    configure(globals(), dict(dtype=('int8', 'int4', 'bfloat16', 'float32'), format=('folio', 'hf'),
-                              max_loss_increase=(0, 1e9)))
+    configure(globals(), dict(dtype=('int8', 'int4', 'bfloat16', 'float32'), format=('folio', 'hf')))
     kind = 'float32' if format == 'hf' and 'dtype' not in given else dtype  # of the new weights
     if format == 'hf' and 'int' in kind:
         fail(f'--dtype={kind}: not for transformers; take float32 or bfloat16, or --format=folio', 2)
