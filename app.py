@@ -86,7 +86,7 @@ def get_model(path):
     paths = model_files()
     path = path or (paths or [None])[0]
     if path not in paths:
-        raise ValueError('There is no such model here; choose one of the list.' if paths else NO_MODEL)
+        raise ValueError('There is no such model here; choose one from the list.' if paths else NO_MODEL)
     return loaded(path, os.path.getmtime(path))
 
 

@@ -249,7 +249,7 @@ def read_text(path, digest=None):
             yield text
             done += len(text.encode())
     except UnicodeDecodeError as error:  # of the bytes after the first `done`
-        raise ValueError(f'{name}: not UTF-8 at byte {done + error.start:,}; convert it by iconv') from None
+        raise ValueError(f'{name}: not UTF-8 at byte {done + error.start:,}; convert it with iconv') from None
 
 
 def read_json_lines(path, digest=None):
@@ -261,7 +261,7 @@ def read_json_lines(path, digest=None):
             text = json.loads(line)['text']
             text.encode()  # raises ValueError for half of a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; mend it') from None
+            raise ValueError(f'{path}, line {number:,}: not {{"text": "…"}} in JSON; correct it') from None
         yield [text]
 
 
@@ -487,7 +487,7 @@ def load_data(dataset):
             meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
             # an older meta.json has neither checksum nor sha256
             if meta.pop('checksum', '') != (checksum(meta) if 'sha256' in meta else ''):
-                raise ValueError('its checksum is of other contents')
+                raise ValueError('its checksum does not match')
             if get_tokenizer(meta['tokenizer']).vocab_size != meta['tokenizer']['vocab_size']:
                 raise ValueError('its vocabulary has another size')
             counts = {split: int(count) for split, count in meta.get('tokens', {}).items()}

@@ -63,7 +63,7 @@ def merge(settings, namespace, kept, fixed, owner):
     """
     for key, value in kept.items():
         if key in given and key in fixed and settings[key] != value:
-            fail(f'--{key}={settings[key]}: {owner} has {value}; leave it out, of config files too', 2)
+            fail(f'--{key}={settings[key]}: {owner} has {value}; leave it out, also in config files', 2)
         if key in settings and key not in given:
             settings[key] = namespace[key] = value
 
