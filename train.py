@@ -529,9 +529,9 @@ if __name__ == '__main__':
         val_loss, better = losses['val_loss'], losses['val_loss'] < state['best_val']
         print(f"evaluation at step {step:,}: train {losses['train_loss']:.4f}, validation {val_loss:.4f}, "
               f"{losses['val_bpb']:.3f} bits per byte{', the best so far' if better else ''}", flush=True)
-        state.update(losses=losses, bad_evals=0 if better else state['bad_evals'] + 1)
+        state.update(losses=losses, bad_evals=state['bad_evals'] + 1)
         if better:
-            state.update(best_val=val_loss, best_val_step=step)
+            state.update(best_val=val_loss, best_val_step=step, bad_evals=0)
 
     def catch(number, frame):
         """Note the first signal, for the loop to save and end; a second one ends the process at once."""
