@@ -447,7 +447,7 @@ if __name__ == '__main__':
     unsaved = set()  # names of the files whose last write failed
     peak, flops = ranks * peak_flops(chip, compute_dtype, measure_peak), raw_model.flops_per_token(T)
 
-    def tried(name, write, *args, **more):
+    def try_to_write(name, write, *args, **more):
         """Write one of the run's files; if that fails, print why, note it in `unsaved`, and go on."""
         unsaved.discard(name)
         if master and out_dir:
@@ -459,7 +459,7 @@ if __name__ == '__main__':
 
     def keep(name, **more):
         """Write one of the run's model files; see save()."""
-        tried(name, save, config, raw_model.state_dict(), step=state['step'], **facts, **more)
+        try_to_write(name, save, config, raw_model.state_dict(), step=state['step'], **facts, **more)
 
     def keep_checkpoint():
         keep('ckpt.pt', kind='checkpoint', losses=state['losses'], settings=settings, data=data_meta,
@@ -492,7 +492,7 @@ if __name__ == '__main__':
         row = dict(step=step, loss=loss, grad_norm=state['grad_norm'], lr=f'{lr:.6e}', train_loss='',
                    val_loss='', tokens_per_s=speed, seconds=state['seconds'], val_bpb='') | losses
         row = {key: f'{x:.6f}' if type(x) is float else str(x) for key, x in row.items()}
-        tried('log.csv', write_rows, row)
+        try_to_write('log.csv', write_rows, row)
 
     def write_rows(path, *new):
         """Append the new rows to log.csv, after any that could not be written before."""
@@ -626,7 +626,7 @@ if __name__ == '__main__':
 
     # -- the end: the last save, the losses of the whole splits, the file to deploy, the report --------------
     collect()
-    tried('log.csv', write_rows)
+    try_to_write('log.csv', write_rows)
     keep_checkpoint()
     if ranks > 1:
         dist.barrier()  # torchrun ends all ranks when one leaves with an error, so the save comes first
