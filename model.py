@@ -492,7 +492,7 @@ class GPT(nn.Module):
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * seq_len
 
     def param_groups(self, weight_decay):
-        """Three optimizer groups: the blocks' matrices, the tables, and biases and norms, without decay."""
+        """Three optimizer groups: the blocks' matrices, other matrices, and vectors, which do not decay."""
         vectors = [p for p in self.parameters() if p.dim() < 2]
         blocks = [p for p in self.h.parameters() if p.dim() == 2]
         tables = [p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith('h.')]
