@@ -567,8 +567,7 @@ class GPT(nn.Module):
                     logits = logits.repeat_interleave(num_samples, dim=0)
                     for kv in cache:
                         kv[:, :, :, :T] = kv[:, :len(idx), :, :T].repeat_interleave(num_samples, dim=1)
-                        if graph:  # what an earlier text left is masked, but 0 times inf would be nan
-                            kv[:, :, :, T:] = 0
+                        kv[:, :, :, T:] = 0  # what a graph's last text left is masked, but 0 times inf is nan
                 elif T == window:
                     T = max(window // 2, 1)
                     logits = self.next_logits(text[:, -T:], cache)
