@@ -983,7 +983,8 @@ def find(path):
     runs = [os.path.join(path, name, file) for name in names for file in ('model.pt', 'ckpt.pt')]
     if newest := max(filter(os.path.exists, runs), key=os.path.getmtime, default=None):
         return find(os.path.dirname(newest))
-    raise FileNotFoundError(f'{path or "(empty)"}: no model; name one, or run train.py config/quickstart.py')
+    raise FileNotFoundError(f'{path or "(empty)"}: no model.pt or ckpt.pt; name a file, or run '
+                            'train.py config/quickstart.py')
 
 
 def download(path):

@@ -249,7 +249,7 @@ def read_text(path, digest=None):
             yield text
             done += len(text.encode())
     except UnicodeDecodeError as error:  # of the bytes after the first `done`
-        raise ValueError(f'{name}: not UTF-8 at byte {done + error.start:,}; convert it with iconv') from None
+        raise ValueError(f'{name}: not UTF-8 at byte {done + error.start:,}; convert or remove it') from None
 
 
 def read_json_lines(path, digest=None):

@@ -1248,7 +1248,7 @@ def test_find_takes_a_hub_id_and_without_the_hub_its_cache(hub, tmp_path):
     assert models == (load('me/folio')[1]['step'], load('gpt2')[0].config.n_embd)
     with pytest.raises(FileNotFoundError, match='me/other: .*not to be had from the Hub.*Connection refused'):
         find('me/other')
-    with pytest.raises(FileNotFoundError, match='none: no model;'):
+    with pytest.raises(FileNotFoundError, match='none: no model.pt'):
         find(str(tmp_path / 'none'))  # no id
 
 
@@ -2182,7 +2182,7 @@ def test_train_lowers_the_loss_with_each(choice, folder):
     ('--n_embd=4000000000000000000', 1, ['out of memory']),
     ('--dropout=1', 2, ['dropout']),
     ('--seq_len=99', 2, ['seq_len', '16']),
-    ('--block_size=5000', 1, ['seq_len 5000']),
+    ('--block_size=5000', 1, ['seq_len is 5000']),
     ('--schedule=cosin', 2, ['cosine']),
     ('--device=tpu', 2, ['tpu']),
     ('--patience=1 --eval_interval=0', 2, ['eval_interval']),
@@ -2272,6 +2272,21 @@ def test_train_stops_by_time_and_by_patience(folder):
     assert '0.02 minutes over' in process.stdout
     process = tiny_run(folder, 'patience', *args, '--learning_rate=0', '--min_lr=0', '--patience=2')
     assert 'in 2 evaluations' in process.stdout and load(folder / 'out/patience')[1]['step'] == 150
+
+
+def test_train_saves_after_ten_minutes(folder, monkeypatch):
+    """Here of a clock by which every step takes longer; an interval of 0 means never."""
+    real, clock, kinds = model.save, itertools.count(0, 300), []
+
+    def save(*args, **facts):
+        kinds.append(facts.get('kind', 'model'))
+        real(*args, **facts)
+    monkeypatch.setattr(model, 'save', save)
+    monkeypatch.setattr(time, 'time', lambda: next(clock))
+    for interval in 10**6, 0:
+        tiny_run(folder, f'clock_{interval}', f'--checkpoint_interval={interval}', '--eval_interval=0')
+    assert kinds == ['checkpoint'] * kinds.index('model') + ['model', 'checkpoint', 'model'] and len(kinds) > 9
+    same_run(folder / f'out/clock_{10**6}', folder / 'out/clock_0')
 
 
 def test_train_stops_at_the_threshold(folder):

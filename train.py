@@ -12,6 +12,7 @@ $ torchrun --nproc_per_node=8 train.py config/shakespeare.py --init_from=auto --
 import time
 COMMAND_BEGAN = time.time()  # torch takes seconds to import
 
+import contextlib
 import datetime
 import functools
 import math
@@ -260,7 +261,7 @@ if __name__ == '__main__':
     log_interval = 10                # a line here and in out_dir/log.csv
     eval_interval = 250              # validation, and out_dir/best.pt where it is the best so far
     eval_iters = 20                  # batches per evaluation of a split
-    checkpoint_interval = 500        # the whole state to out_dir/ckpt.pt
+    checkpoint_interval = 500        # the whole state to out_dir/ckpt.pt; also after every ten minutes
     sample_interval = 500            # print a sample of the model's text
     final_eval_tokens = 0            # tokens of each split in the losses at the end; 0 = all
     # system
@@ -363,7 +364,7 @@ if __name__ == '__main__':
     if {**data_meta, **source.get('data', {})} != data_meta:  # an older checkpoint has fewer keys
         fail(f"data/{dataset} has not the model's text or tokenizer; name another --dataset or --out_dir")
     if len(train_tokens) < T + 1:
-        fail(f'data/{dataset}: {len(train_tokens)} training tokens, under seq_len {T} + 1; lower --seq_len')
+        fail(f'data/{dataset}: {len(train_tokens)} training tokens, and seq_len is {T}; lower it or add text')
     train = val = Windows(train_tokens, T, chip, seed, shift_windows)
     if val_tokens is not None and len(val_tokens) > 1:  # nothing predicts the first token
         val = Windows(val_tokens, T, chip)
@@ -536,6 +537,8 @@ if __name__ == '__main__':
     def catch(number, frame):
         """Note the first signal, for the loop to save and end; a second one ends the process at once."""
         caught.append(number)
+        with contextlib.suppress(OSError):  # not print(), which may be at work just now
+            os.write(errors.fileno(), b'\nending after this micro-step; a second signal ends it unsaved\n')
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # `| tee` or the terminal may be gone
         for deadly in (signal.SIGINT, signal.SIGTERM):  # not SIGHUP: a terminal that closes may send two
             signal.signal(deadly, signal.SIG_DFL)
@@ -552,12 +555,13 @@ if __name__ == '__main__':
     # -- the loop --------------------------------------------------------------------------------------------
     began, seconds, first_step = time.time(), state['seconds'], state['step']
     rhythm = log_interval, eval_interval, checkpoint_interval, sample_interval, 10 * (loss_threshold > 0)
-    last_time, last_tokens, signalled, over = began, state['tokens'], False, False
+    last_time, last_save, last_tokens, signalled, over = began, began, state['tokens'], False, False
     on_signals(catch)
     while True:
         step, stop = state['step'], ''  # steps done, and why to stop
         log, evaluation, saving, sampling, looking = due = [every and step % every == 0 for every in rhythm]
-        if any(due) or signalled or over or step >= max_iters:
+        saving |= 0 < checkpoint_interval and time.time() - last_save > 600
+        if any(due) or saving or signalled or over or step >= max_iters:
             collect()
         now, mean = time.time(), sum(state['recent']) / max(len(state['recent']), 1)
         state['seconds'] = seconds + now - began
@@ -591,6 +595,7 @@ if __name__ == '__main__':
             print_sample(raw_model, tok, seed)
         if saving and step > first_step:
             keep_checkpoint()
+            last_save = time.time()
         last_time += time.time() - now  # tokens/s is of training alone
 
         lr, beta = rate(step)

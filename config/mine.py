@@ -3,6 +3,7 @@
 # minutes on two CPU cores. For a better model, on more time or a GPU, add
 # --max_iters=10000 --n_layer=6 --n_embd=384 --block_size=256
 # python train.py config/mine.py --input=my.txt
+# A second text needs its own folders: add --dataset=NAME --out_dir=out/NAME
 out_dir = 'out/mine'
 dataset = 'mine'
 tokenizer = 'bpe'
@@ -24,6 +25,7 @@ beta1 = 0.8
 patience = 5
 log_interval = 50
 eval_interval = 100
+checkpoint_interval = 100
 eval_iters = 10
 sample_interval = 500
 final_eval_tokens = 100_000

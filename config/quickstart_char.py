@@ -20,6 +20,7 @@ max_iters = 350
 
 log_interval = 50
 eval_interval = 100
+checkpoint_interval = 100
 eval_iters = 5
 sample_interval = 150
 final_eval_tokens = 111_540  # the whole validation split, and as much of the training split
