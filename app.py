@@ -117,7 +117,7 @@ def description(path, changed):
     except (ValueError, OSError) as error:
         return html.escape(str(error))
     losses = ', '.join(f'{name} {loss:.4f}' for name, loss in meta.get('losses', {}).items())
-    return html.escape(f"{config.num_params():,} parameters, {config.quantized or 'float32'}, on "
+    return html.escape(f"{config.num_params():,} parameters, {config.quantized or 'floats'}, on "
                        f"{device_name(chip)}; trained context {meta['trained_context']:,} tokens, "
                        f"step {meta['step']:,}; {losses}")
 
