@@ -376,7 +376,7 @@ class Block(nn.Module):
 def loss_of_logits(logits, targets, dtype):
     """Losses (rows, 1) of logits (rows, V) for targets (rows, 1), and the gradient of their sum (rows, V).
 
-    A loss is at most 87 nats, the logarithm of the smallest float32.
+    A loss is at most 87 nats, of the smallest normal float32.
     """
     probs = logits.softmax(dim=-1, dtype=torch.float32)
     chosen = probs.gather(1, targets)

@@ -537,11 +537,11 @@ if __name__ == '__main__':
     def catch(number, frame):
         """Note the first signal, for the loop to save and end; a second one ends the process at once."""
         caught.append(number)
-        with contextlib.suppress(OSError):  # not print(), which may be at work just now
-            os.write(errors.fileno(), b'\nending after this micro-step; a second signal ends it unsaved\n')
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # `| tee` or the terminal may be gone
         for deadly in (signal.SIGINT, signal.SIGTERM):  # not SIGHUP: a terminal that closes may send two
             signal.signal(deadly, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # not print(), which may be at work just now
+            os.write(errors.fileno(), b'\nsaving and ending soon; a second Ctrl-C ends it at once, unsaved\n')
 
     # -- the banner ------------------------------------------------------------------------------------------
     print(f'{raw_model.num_params():,} parameters on {ranks} x {device_name(chip)}, {how}')
