@@ -102,7 +102,7 @@ def loaded(path, changed):
     with contextlib.suppress(AttributeError, TypeError):  # glibc keeps most of a model that was replaced
         ctypes.CDLL(None).malloc_trim(0)
     model, meta = load(path, chip)
-    for block in model.h if chip == 'cpu' else ():  # a GPU reads a prompt in no time
+    for block in model.h if chip == 'cpu' else ():  # a GPU's pass is too short to stop
         block.ln_1.register_forward_pre_hook(stop_if_gone)
     train, _ = load_data_of(meta)
     return model, get_tokenizer(meta['tokenizer']), None if train is None else Index(train)

@@ -76,7 +76,7 @@ class GPTConfig:
         return (rows + 2 * self.n_layer + 1 + (11 * self.n_layer + 1) * self.bias) * self.n_embd
 
 
-# -- products on a CPU ---------------------------------------------------------------------------------------
+# -- products ------------------------------------------------------------------------------------------------
 
 # The fastest library on one chip is often the slowest on another. The choice depends on what the chip can do,
 # not on timing, so that two runs on one machine are equal. FOLIO_KERNELS names another row of the table.
@@ -106,7 +106,7 @@ SMALL_MATRIX = 2**19  # weights; below, MKL's float32 product is the fastest, be
 
 
 def product(x, weight, bias=None):
-    """x (…, C) @ weight.T (C, O) + bias (O): F.linear, but with cpu_product() for float32 on a CPU."""
+    """x (…, C) @ weight.T (C, O) + bias (O): F.linear, or a faster kernel where there is one."""
     if torch.compiler.is_compiling() and x.numel() == x.size(-1):
         # one row, as in each step of one text on a GPU: this takes an H200 2 to 4 us, and cuBLAS 4 to 7
         return (x[..., None, :] * weight).sum(-1) + (0 if bias is None else bias)
@@ -376,7 +376,7 @@ class Block(nn.Module):
 def loss_of_logits(logits, targets, dtype):
     """Losses (rows, 1) of logits (rows, V) for targets (rows, 1), and the gradient of their sum (rows, V).
 
-    A loss is at most 87 nats, of the smallest normal float32.
+    A probability counts as at least 2**-126, so a loss is at most 87 nats.
     """
     probs = logits.softmax(dim=-1, dtype=torch.float32)
     chosen = probs.gather(1, targets)
@@ -450,7 +450,7 @@ class GPT(nn.Module):
         return sum(F.cross_entropy(self.head(x), y, reduction='sum') for x, y in parts) / targets.numel()
 
     def hidden(self, idx, cache=None, start=0):
-        """The last layer's states (B, T, C). With a cache, idx are the ids of its texts at positions start….
+        """The last layer's states (B, T, C). With a cache, idx are its texts' ids from position `start` on.
 
         start may be a tensor: of shape () in a trace; of shape (1,) in a CUDA graph, where T is 1.
         """
@@ -508,7 +508,7 @@ class GPT(nn.Module):
     # -- generation ------------------------------------------------------------------------------------------
 
     def new_cache(self, texts, positions):
-        """Zeros for each layer's keys and values, (2, B, nh, S, hs), and for the ids of each text, (B, V)."""
+        """Zeros for each layer's keys and values, (2, B, nh, S, hs), and a mask of each text's ids, (B, V)."""
         shape = 2, texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
         seen = self.wpe.weight.new_zeros(texts, self.config.vocab_size, dtype=torch.bool)
         return [self.wpe.weight.new_zeros(shape) for _ in self.h], seen

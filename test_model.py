@@ -2275,7 +2275,7 @@ def test_train_stops_by_time_and_by_patience(folder):
 
 
 def test_train_saves_after_ten_minutes(folder, monkeypatch):
-    """Here of a clock by which every step takes longer; an interval of 0 means never."""
+    """By a clock on which a step takes minutes; an interval of 0 means never."""
     real, clock, kinds = model.save, itertools.count(0, 300), []
 
     def save(*args, **facts):

@@ -261,7 +261,7 @@ if __name__ == '__main__':
     log_interval = 10                # a line here and in out_dir/log.csv
     eval_interval = 250              # validation, and out_dir/best.pt where it is the best so far
     eval_iters = 20                  # batches per evaluation of a split
-    checkpoint_interval = 500        # the whole state to out_dir/ckpt.pt; also after every ten minutes
+    checkpoint_interval = 500        # the whole state to out_dir/ckpt.pt, saved every ten minutes too
     sample_interval = 500            # print a sample of the model's text
     final_eval_tokens = 0            # tokens of each split in the losses at the end; 0 = all
     # system
