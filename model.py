@@ -508,7 +508,7 @@ class GPT(nn.Module):
     # -- generation ------------------------------------------------------------------------------------------
 
     def new_cache(self, texts, positions):
-        """Zeros for each layer's keys and values, (2, B, nh, S, hs), and a mask of each text's ids, (B, V)."""
+        """Zeros for each layer's keys and values, (2, B, nh, S, hs), and a mask of a text's ids, (B, V)."""
         shape = 2, texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
         seen = self.wpe.weight.new_zeros(texts, self.config.vocab_size, dtype=torch.bool)
         return [self.wpe.weight.new_zeros(shape) for _ in self.h], seen
