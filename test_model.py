@@ -2198,7 +2198,7 @@ def test_train_refuses_in_one_line(folder, args, status, words):
     (folder / 'other.txt').write_text('another text')
     process = run('train.py', *TINY_RUN, '--out_dir=out/none', *args.split(), cwd=folder)
     one_line(process, status, 'train.py: ', *words)
-    assert not (folder / 'out/none').exists()
+    assert not list((folder / 'out').glob('none/*'))  # at most an empty folder
 
 
 @pytest.mark.parametrize('args, status, words', [
@@ -2447,16 +2447,14 @@ def test_train_deploys_no_older_best_than_the_one_it_reports(folder):
     assert all(torch.equal(w, last[name]) for name, w in deployed.items())
 
 
-def test_train_refuses_a_folder_where_another_run_has_just_been(folder, monkeypatch):
+def test_train_looks_into_its_folder_once_it_has_the_lock(folder, monkeypatch):
+    """Another run of the same folder may save and end just before this one gets the lock."""
     def late(path):
         shutil.copytree(folder / 'out/tiny', path)
         return FolderLock(path)
     monkeypatch.setattr('prepare.FolderLock', late)
-    one_line(run('train.py', *TINY_RUN, '--out_dir=out/late', cwd=folder), 1, 'has just been there')
+    one_line(run('train.py', *TINY_RUN, '--out_dir=out/late', cwd=folder), 1, 'has a run')
     assert contents_of(folder / 'out/late') == contents_of(folder / 'out/tiny')
-    monkeypatch.setattr('prepare.FolderLock', lambda path: os.utime(f'{path}/ckpt.pt'))  # saved once more
-    process = run('train.py', '--out_dir=out/late', '--init_from=resume', '--max_iters=30', cwd=folder)
-    one_line(process, 1, 'has just been there')
 
 
 def test_train_resumed_refuses_other_data_and_writes_the_best_again(folder):

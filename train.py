@@ -285,8 +285,9 @@ if __name__ == '__main__':
     master = rank == 0  # the rank that prints and writes
     errors = sys.stderr if master else open(os.devnull, 'w', encoding='utf-8')
     sys.stdout = sys.stdout if master else errors
+    lock = FolderLock(out_dir) if master and out_dir else None  # until the process ends
     files = {name: os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt', 'model.pt', 'log.csv')}
-    there = {path: os.path.getmtime(path) for path in files.values() if out_dir and os.path.exists(path)}
+    there = [path for path in files.values() if out_dir and os.path.exists(path)]
     resumable, start, replace = files['ckpt.pt'] in there, init_from, overwrite
     if start.split(':')[0] == 'auto':
         start = 'resume' if resumable else start[5:] or 'scratch'
@@ -432,9 +433,6 @@ if __name__ == '__main__':
                  made_by='train.py ' + ' '.join(sys.argv[1:]))
     source = parent = kept = None  # frees their memory
     if master and out_dir:
-        lock = FolderLock(out_dir)  # until the process ends
-        if there != {path: os.path.getmtime(path) for path in files.values() if os.path.exists(path)}:
-            fail(f'{out_dir}: another run has just been there; start again, or name another --out_dir')
         # room for two checkpoints, the old and the new: weights and up to two averages in float32 each
         free, need = shutil.disk_usage(out_dir).free, 2 * 12 * raw_model.num_params()
         if free + sum(map(os.path.getsize, there)) < need:
