@@ -420,40 +420,36 @@ LIMITS = dict(dataset=check_dataset, tokenizer=('gpt2', 'bpe', 'char'), vocab_si
 
 
 def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1,
-            special_tokens=False, vocab_size=0, known=None, replace=True):
+            special_tokens=False, vocab_size=0, known=None):
     """Turn text into the files of data/<dataset>/; return the contents of meta.json.
 
     The last `val_fraction` of the characters is cut off before tokenizing. The document end stands between
     two documents, or a newline for char. `known` is the meta of a tokenizer to use; without it, char takes
     the text's characters, and bpe learns a vocabulary of `vocab_size` ids from the training split (0: 1,024
     for texts under 400 kB, 4,096 from 1.6 MB on, else 2,048).
-    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were. Without
-    `replace` it also raises ValueError if there are data already.
+    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were.
     """
     if vocab_size and tokenizer != 'bpe':
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
-    began, files, digest = time.time(), find_files(input), hashlib.sha256()
-    total, size, found = 0, 0, set()
-    for piece in read_documents(files, tokenizer, digest):  # a first reading, for the length
-        total, size = total + len(piece or ''), size + len((piece or '').encode())
-        if tokenizer == 'char':
-            found.update(piece)
-    cut = int(total * (1 - val_fraction))
-    if not cut:
-        raise ValueError(f'{input}: {total} characters, val_fraction {val_fraction}: none left to train on')
-    if tokenizer == 'bpe' and not known:
-        share = min(200e6 / size, 1)  # of the text's bytes, 200 MB at most
-        ids = vocab_size or (1024 if size < 400_000 else 2048 if size < 1_600_000 else 4096)
-        print(f'learning {ids:,} ids from {size * share / 1e6:,.1f} MB of text', file=sys.stderr)
-        pairs = split_at(cut, read_documents(files, tokenizer))
-        known = learn_tokenizer((piece for split, piece in pairs if split == 'train'), share, ids)
-    tok = get_tokenizer(known or {'name': tokenizer, 'characters': found})
-    tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
-
-    folder, pairs = os.path.join('data', dataset), split_at(cut, read_documents(files, tokenizer))
+    began, files, digest, folder = time.time(), find_files(input), hashlib.sha256(), f'data/{dataset}'
     with replacing_files(folder, ('train.bin', 'meta.json', 'val.bin')) as new:
-        if not replace and os.path.exists(f'{folder}/train.bin'):
-            raise ValueError(f'{folder}: another process has just prepared it; start again')
+        total, size, found = 0, 0, set()
+        for piece in read_documents(files, tokenizer, digest):  # a first reading, for the length
+            total, size = total + len(piece or ''), size + len((piece or '').encode())
+            if tokenizer == 'char':
+                found.update(piece)
+        cut = int(total * (1 - val_fraction))
+        if not cut:
+            raise ValueError(f'{input}: val_fraction {val_fraction} of {total} characters leaves none to train on')
+        if tokenizer == 'bpe' and not known:
+            share = min(200e6 / size, 1)  # of the text's bytes, 200 MB at most
+            ids = vocab_size or (1024 if size < 400_000 else 2048 if size < 1_600_000 else 4096)
+            print(f'learning {ids:,} ids from {size * share / 1e6:,.1f} MB of text', file=sys.stderr)
+            pairs = split_at(cut, read_documents(files, tokenizer))
+            known = learn_tokenizer((piece for split, piece in pairs if split == 'train'), share, ids)
+        tok = get_tokenizer(known or {'name': tokenizer, 'characters': found})
+        tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
+        pairs = split_at(cut, read_documents(files, tokenizer))
         written = write_splits(new, tok, pairs, special_tokens, size)
         source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
                   'bytes': sum(map(os.path.getsize, files))}

@@ -1692,14 +1692,16 @@ def test_prepare_puts_back_what_was_there_when_it_fails(tmp_path, monkeypatch, c
     assert len(calls) == times and set(os.listdir('data/kept')) == set(before)
 
 
-def test_prepare_without_replace_keeps_what_another_process_prepared(tmp_path, monkeypatch):
+def test_prepare_holds_the_lock_from_its_first_reading_on(tmp_path, monkeypatch):
+    """So of two runs that start on a text at once, one is refused before it has done the work again."""
+    def reading(path, digest=None):
+        with pytest.raises(ValueError, match='another process writes there'):
+            FolderLock('data/new')
+        return ['some words to keep']
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'text.txt').write_text('some words to keep')
-    prepare('text.txt', 'kept', 'char', replace=False)
-    before = contents_of(tmp_path / 'data/kept')
-    with pytest.raises(ValueError, match='just prepared it'):
-        prepare('text.txt', 'kept', 'bpe', vocab_size=257, replace=False)
-    assert contents_of(tmp_path / 'data/kept') == before
+    (tmp_path / 'text.txt').touch()
+    monkeypatch.setattr('prepare.read_text', reading)
+    assert prepare('text.txt', 'new', 'char')['tokens'] == {'train': 16, 'val': 2}
 
 
 def test_folder_lock_holds_a_folder_against_another_process(folder):
