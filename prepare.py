@@ -437,10 +437,10 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
         for piece in read_documents(files, tokenizer, digest):  # a first reading, for the length
             total, size = total + len(piece or ''), size + len((piece or '').encode())
             if tokenizer == 'char':
-                found.update(piece)
+                found.update(piece, '\n' * special_tokens)
         cut = int(total * (1 - val_fraction))
         if not cut:
-            raise ValueError(f'{input}: val_fraction {val_fraction} of {total} characters leaves none to train on')
+            raise ValueError(f'{input}: {total} characters, val_fraction {val_fraction}: nothing to train on')
         if tokenizer == 'bpe' and not known:
             share = min(200e6 / size, 1)  # of the text's bytes, 200 MB at most
             ids = vocab_size or (1024 if size < 400_000 else 2048 if size < 1_600_000 else 4096)
@@ -542,14 +542,12 @@ def check_data(dataset, meta, wanted):
 
 
 if __name__ == '__main__':
-    from config import configure, fail
+    from config import configure
     input = 'input.txt'      # UTF-8 text, .jsonl, or .gz of either: a file, a folder (all of it) or a glob
     dataset = 'shakespeare'  # the tokens go to data/<dataset>/
     tokenizer = 'gpt2'       # gpt2 (50,257 byte pairs), bpe (learnt from the text) or char (characters)
     vocab_size = 0           # ids of a bpe vocabulary, from 257 on; 0 = 1,024 to 4,096 by the text's size
     val_fraction = 0.1       # share of the characters, at the end, kept for validation; 0 = none
-    special_tokens = False   # the text <|endoftext|> is the document end, not plain characters
+    special_tokens = False   # the text <|endoftext|> is the document end (char: a newline), not plain text
     configure(globals(), LIMITS)
-    if special_tokens and tokenizer == 'char':
-        fail('--special_tokens: a char vocabulary has no document end; leave it out, or take bpe', 2)
     prepare(input, dataset, tokenizer, val_fraction, special_tokens, vocab_size)

@@ -1602,6 +1602,9 @@ def test_prepare_takes_folders_globs_and_document_ends(tmp_path, monkeypatch):
     for special_tokens in (False, True):
         prepare('stories.txt', 'stories', val_fraction=0.0, special_tokens=special_tokens)
         assert np.count_nonzero(load_data('stories')[0] == 50256) == special_tokens
+    (tmp_path / 'stories.txt').write_text('once<|endoftext|>upon')
+    tokens, _, meta = prepare('stories.txt', 'chars', 'char', 0.0, True) and load_data('chars')
+    assert get_tokenizer(meta['tokenizer']).decode_bytes(tokens) == b'once\nupon'
 
 
 @pytest.mark.parametrize('packed', [False, True])
@@ -1827,8 +1830,7 @@ def test_prepare_as_a_user_runs_it(folder):
     ('--tokenizer=bp', 2, 'gpt2, bpe, char'),
     ('--tokenizer=bpe --vocab_size=256', 2, '257'),
     ('--vocab_size=300', 1, 'take bpe'),
-    ('--dataset=', 2, 'below data/'),
-    ('--tokenizer=char --special_tokens', 2, 'no document end')])
+    ('--dataset=', 2, 'below data/')])
 def test_prepare_refuses_in_one_line(folder, args, status, words):
     one_line(run('prepare.py', *args.split(), cwd=folder), status, 'prepare.py: ', words)
 
