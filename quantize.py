@@ -63,28 +63,25 @@ def write_hugging_face(folder, config, weights, dtype, facts):
     `facts` is what a model file says beside the weights. config.json keeps it under 'folio', so that load()
     can read it back. Raises OSError, and then leaves an older export as it was; see replacing_files().
     """
-    from safetensors.torch import save as to_bytes
-    from transformers import GPT2Config
-    tokenizer, tensors = get_tokenizer(facts['tokenizer']), {}
-    for name, w in weights.items():
-        # Hugging Face's matrices are (inputs, outputs), and its GPT-2 always has biases
-        tensors[f'transformer.{name}'] = w.t().contiguous() if '.c_' in name and w.dim() == 2 else w
-        if not config.bias and name.endswith('weight') and name not in ('wte.weight', 'wpe.weight'):
-            tensors['transformer.' + name.replace('weight', 'bias')] = w.new_zeros(len(w))
-    said = GPT2Config(
+    from transformers import GPT2Config, GPT2LMHeadModel
+    tokenizer = get_tokenizer(facts['tokenizer'])
+    model = GPT2LMHeadModel(GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer,
         n_head=config.n_head, n_embd=config.n_embd, attn_pdrop=config.dropout, embd_pdrop=config.dropout,
-        resid_pdrop=config.dropout, architectures=['GPT2LMHeadModel'], bos_token_id=tokenizer.eot,
-        eos_token_id=tokenizer.eot, dtype=dtype, folio={**facts, 'config': dataclasses.asdict(config)})
+        resid_pdrop=config.dropout, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
+        folio={**facts, 'config': dataclasses.asdict(config)})).to(getattr(torch, dtype))
+    # its matrices are (inputs, outputs); without biases of ours, its own stay as they start, at zero
+    model.transformer.load_state_dict({name: w.t() if '.c_' in name and w.dim() == 2 else w
+                                       for name, w in weights.items()}, strict=config.bias)
     patterns = 'model*.safetensors*', 'pytorch_model*.bin*', 'vocab.json', 'merges.txt'
     old = [path.name for pattern in patterns for path in Path(folder).glob(pattern)]
     with replacing_files(folder, ['config.json', *old]) as new:
         try:
+            model.save_pretrained(new, max_shard_size='1TB')  # in one file
+            os.chmod(f'{new}/model.safetensors', 0o644)  # which only its owner could read
             hugging_face_tokenizer(tokenizer, facts['trained_context']).save_pretrained(new)
         except Exception as error:  # tokenizers raises Exception itself where a disk is full
             raise OSError(f'{folder} could not be written: {error}') from None
-        Path(new, 'model.safetensors').write_bytes(to_bytes(tensors, {'format': 'pt'}))
-        Path(new, 'config.json').write_text(said.to_json_string(), 'utf-8')
 
 
 if __name__ == '__main__':

@@ -1603,8 +1603,8 @@ def test_prepare_takes_folders_globs_and_document_ends(tmp_path, monkeypatch):
         prepare('stories.txt', 'stories', val_fraction=0.0, special_tokens=special_tokens)
         assert np.count_nonzero(load_data('stories')[0] == 50256) == special_tokens
     (tmp_path / 'stories.txt').write_text('once<|endoftext|>upon')
-    tokens, _, meta = prepare('stories.txt', 'chars', 'char', 0.0, True) and load_data('chars')
-    assert get_tokenizer(meta['tokenizer']).decode_bytes(tokens) == b'once\nupon'
+    tokenizer = get_tokenizer(prepare('stories.txt', 'chars', 'char', 0.0, special_tokens=True)['tokenizer'])
+    assert tokenizer.decode_bytes(load_data('chars')[0]) == b'once\nupon'
 
 
 @pytest.mark.parametrize('packed', [False, True])
@@ -2897,8 +2897,10 @@ def test_quantize_leaves_nothing_of_an_export_before(folder):
         (folder / 'out/export/hf' / name).write_text('{}')
     done(run('quantize.py', '--format=hf', '--checkpoint=out/export', cwd=folder))
     assert contents_of(folder / 'out/export/hf').keys() == {
-        'mine.txt', 'config.json', 'model.safetensors', 'tokenizer.json',
+        'mine.txt', 'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
         'tokenizer_config.json'}
+    if os.name == 'posix':
+        assert (folder / 'out/export/hf/model.safetensors').stat().st_mode & 0o444 == 0o444
 
 
 def test_measure_samples_the_int8_file(folder, tmp_path):
