@@ -99,8 +99,7 @@ def kernels_here():
 
 CHIP = os.environ.get('FOLIO_KERNELS') or kernels_here()
 if CHIP not in KERNELS:
-    print(f"FOLIO_KERNELS={CHIP}: choose one of {', '.join(KERNELS)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(f"FOLIO_KERNELS={CHIP}: choose one of {', '.join(KERNELS)}")
 MANY_ROWS, ONE_ROW, INT8, INT4 = KERNELS[CHIP]
 SMALL_MATRIX = 2**19  # weights; below, MKL's float32 product is the fastest, because they stay in the cache
 

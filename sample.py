@@ -75,8 +75,6 @@ train = load_data_of(meta)[0] if wanted and num_samples == 1 and pick_device(dev
 index = None if train is None else Index(train)
 if drafts == 'True' and not index:
     fail("--drafts=True: needs a single text, a CPU, and the model's training data in data/; leave it out", 2)
-if index and len(train) > len(index.ids):
-    print(f'drafts come from the first {len(index.ids):,} of {len(train):,} training tokens', file=sys.stderr)
 if start == '-' or start.startswith('FILE:'):
     start = ''.join(read_text(0 if start == '-' else start[5:]))
 if not interactive:

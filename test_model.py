@@ -2709,13 +2709,6 @@ def test_sample_with_drafts_prints_the_same_text(folder):
         os.rename(folder / 'gone', folder / 'data')
 
 
-def test_sample_says_how_much_of_a_large_corpus_it_drafts_from(folder, monkeypatch):
-    init = model.Index.__init__
-    monkeypatch.setattr(model.Index, '__init__', lambda self, ids: init(self, ids[:100]))
-    process = run('sample.py', '--checkpoint=out/tiny', '--max_new_tokens=5', '--drafts=True', cwd=folder)
-    assert 'drafts come from the first 100 of ' in done(process).stderr
-
-
 def test_sample_asks_for_one_prompt_after_the_other(folder):
     process = done(run('sample.py', '--interactive', '--checkpoint=out/tiny', '--stop=t', '--temperature=0.5',
                        '--num_samples=2', cwd=folder, stdin='The \n@\nmat; ' + 'cat ' * 20))
