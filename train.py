@@ -87,13 +87,13 @@ POLYNOMIALS = (8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484), (3.9
 
 
 def orthogonalize(x, dtype=torch.float32):
-    """Matrices (n, rows, columns) with the singular values of x brought near 1, by odd polynomials of it."""
+    """x (n, rows, columns) with the singular values of each matrix brought near 1, by odd polynomials."""
     if x.size(1) > x.size(2):
-        return orthogonalize(x.transpose(1, 2), dtype).transpose(1, 2)
+        return orthogonalize(x.mT, dtype).mT
     x = (x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-30)).to(dtype)  # all singular values under 1
     for a, b, c in POLYNOMIALS:
         # a + b·gram + c·gram² is c·(gram + b/2c)² + a - b²/4c, which needs no copy of gram
-        gram = x @ x.transpose(1, 2)
+        gram = x @ x.mT
         gram.diagonal(dim1=1, dim2=2).add_(b / (2 * c))
         polynomial = torch.baddbmm(gram, gram, gram, beta=0, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a - b * b / (4 * c))
