@@ -318,7 +318,7 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
     'bytes': {split: the bytes of its text}, 'sha256': {split: the file's}}.
     """
     def encode(piece):
-        if tokenizer.eot and piece and not special_tokens and len(piece) < 100_000:  # an array, not a list
+        if tokenizer.eot and piece and not special_tokens and len(piece) < 100_000:  # faster than by a list
             ids = tokenizer.encoding.encode_to_numpy(piece, disallowed_special=())
         else:
             ids = [tokenizer.eot] if piece is None else tokenizer.encode(piece, special_tokens)
