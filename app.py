@@ -315,7 +315,7 @@ with gr.Blocks(title='folio') as page:
             about = gr.HTML(elem_classes='line', elem_id='about')
             sliders = [gr.Slider(least, greatest, default, step=step, label=label, info=hint)
                        for label, least, greatest, default, step, hint in NUMBERS.values()]
-            sliders[0].minimum = min(10, max_tokens)  # the API takes fewer
+            sliders[0].minimum = min(10, max_tokens)  # of the page alone; the API takes 1
             seed = gr.Number(-1, label='Seed', info='-1 = a new one each time', precision=0)
     with gr.Tab('Training'):
         source = gr.HTML(elem_classes='line')

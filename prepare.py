@@ -149,7 +149,8 @@ def hugging_face_tokenizer(tokenizer, context):
     """
     import tokenizers
     import transformers
-    from transformers.convert_slow_tokenizer import TikTokenConverter  # load() may put a function there
+    # not transformers.convert_slow_tokenizer.TikTokenConverter: that attribute is a function at times
+    from transformers.convert_slow_tokenizer import TikTokenConverter
     settings = dict(model_max_length=context, clean_up_tokenization_spaces=False)
     if tokenizer.eot is None:
         fast = tokenizers.Tokenizer(tokenizers.models.BPE(tokenizer.ids, []))
@@ -317,7 +318,7 @@ def write_splits(folder, tokenizer, pairs, special_tokens, total):
     'bytes': {split: the bytes of its text}, 'sha256': {split: the file's}}.
     """
     def encode(piece):
-        if tokenizer.eot and piece and not special_tokens and len(piece) < 100_000:  # an array, not a list
+        if tokenizer.eot and piece and not special_tokens and len(piece) < 100_000:  # faster than by a list
             ids = tokenizer.encoding.encode_to_numpy(piece, disallowed_special=())
         else:
             ids = [tokenizer.eot] if piece is None else tokenizer.encode(piece, special_tokens)
@@ -434,8 +435,8 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     began, files, digest, folder = time.time(), find_files(input), hashlib.sha256(), f'data/{dataset}'
     with replacing_files(folder, ('train.bin', 'meta.json', 'val.bin')) as new:
         total, size, found = 0, 0, set()
-        for piece in read_documents(files, tokenizer, digest):  # a first reading, for the length
-            total, size = total + len(piece or ''), size + len((piece or '').encode())
+        for piece in filter(None, read_documents(files, tokenizer, digest)):  # read once for the length
+            total, size = total + len(piece), size + len(piece.encode())
             if tokenizer == 'char':
                 found.update(piece, '\n' * special_tokens)
         cut = int(total * (1 - val_fraction))

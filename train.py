@@ -63,7 +63,8 @@ class Muon(torch.optim.Optimizer):
                     same_shape.setdefault(pair[0].shape, []).append(pair)
             for shape, pairs in same_shape.items():
                 matrices, updates = zip(*pairs)
-                dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None  # float16 could underflow
+                # not float16, in which a small gradient is 0; orthogonalize() divides by the norm first
+                dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
                 stacked = updates[0].new_empty(len(updates), *shape, dtype=dtype)
                 torch._foreach_copy_(stacked.unbind(), updates)
                 updates = orthogonalize_in_ranks(stacked, self.dtype).unbind()
@@ -87,13 +88,13 @@ POLYNOMIALS = (8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484), (3.9
 
 
 def orthogonalize(x, dtype=torch.float32):
-    """Matrices (n, rows, columns) with the singular values of x brought near 1, by odd polynomials of it."""
+    """x (n, rows, columns) with the singular values of each matrix brought near 1, by odd polynomials."""
     if x.size(1) > x.size(2):
-        return orthogonalize(x.transpose(1, 2), dtype).transpose(1, 2)
+        return orthogonalize(x.mT, dtype).mT
     x = (x / (1.02 * x.norm(dim=(1, 2), keepdim=True) + 1e-30)).to(dtype)  # all singular values under 1
     for a, b, c in POLYNOMIALS:
         # a + b·gram + c·gram² is c·(gram + b/2c)² + a - b²/4c, which needs no copy of gram
-        gram = x @ x.transpose(1, 2)
+        gram = x @ x.mT
         gram.diagonal(dim1=1, dim2=2).add_(b / (2 * c))
         polynomial = torch.baddbmm(gram, gram, gram, beta=0, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a - b * b / (4 * c))
@@ -104,7 +105,8 @@ def orthogonalize(x, dtype=torch.float32):
 def step_together(optimizers, scaler, norm):
     """Step all optimizers, whose gradients are unscaled, or none if their common norm is not finite.
 
-    A GradScaler judges each optimizer's gradients alone, but clipping has scaled them all by that norm.
+    A GradScaler skips only the optimizer whose own gradients are infinite. Clipping has divided the others'
+    by that norm too, so they would step with zeros or NaN.
     """
     if not scaler.is_enabled() or norm.isfinite():
         for one in optimizers:
@@ -132,7 +134,7 @@ def rate_at(step, steps, schedule, peak, least, warmup, beta1):
     return rates[schedule], beta1
 
 
-# settings chosen by the text's size: {least training tokens: values}; a step here is 32 windows
+# settings chosen by the text's size: {least training tokens: values}; max_iters is for 32 windows a step
 CHOSEN = 'n_layer', 'n_embd', 'block_size', 'dropout', 'weight_decay', 'max_iters'
 SIZES = {1_000_000: (4, 128, 128, 0.0, 0.1, 1000), 150_000: (4, 192, 64, 0.1, 0.3, 1150),
          100_000: (4, 192, 64, 0.2, 0.5, 600), 0: (2, 128, 64, 0.2, 1.0, 400)}
@@ -147,6 +149,7 @@ def settings_for(tokens, width=0):
     """
     chosen = dict(zip(CHOSEN, next(SIZES[least] for least in SIZES if tokens >= least)))
     width = width or chosen['n_embd']
+    # n_head divides the width; a head has at least 64 channels, or all of a smaller width
     return {**chosen, 'n_embd': width, 'n_head': math.gcd(width, max(width // 64, 1))}
 
 
@@ -291,7 +294,7 @@ if __name__ == '__main__':
     resumable, start, replace = files['ckpt.pt'] in there, init_from, overwrite
     if start.split(':')[0] == 'auto':
         start = 'resume' if resumable else start[5:] or 'scratch'
-        replace |= files['model.pt'] not in there  # killed before its first checkpoint: nothing to keep
+        replace |= files['model.pt'] not in there  # a run killed before its first checkpoint starts again
     source = {}  # the contents of the model file that the run goes on from, or starts from
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
     # a 0 gives way to a checkpoint's or another model's value
@@ -322,7 +325,7 @@ if __name__ == '__main__':
     # ranks share the accumulation where it divides evenly, else the batch
     windows_per_step = batch_size * gradient_accumulation_steps
     accumulation = gradient_accumulation_steps // (1 if gradient_accumulation_steps % ranks else ranks)
-    rows, left_over = divmod(windows_per_step, accumulation * ranks)
+    rows, left_over = divmod(windows_per_step, accumulation * ranks)  # windows of a rank's forward pass
     if left_over:
         fail(f'{ranks} ranks cannot share batch_size {batch_size}; make it a multiple of {ranks}', 2)
 
@@ -333,7 +336,7 @@ if __name__ == '__main__':
 
     # -- the data --------------------------------------------------------------------------------------------
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
-        prepare(input, dataset, tokenizer, val_fraction, False, vocab_size, source.get('tokenizer'))
+        prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'))
     if ranks > 1:
         # a day, because rank 0 may prepare a large corpus meanwhile
         store = next(dist.rendezvous('env://', rank, ranks, timeout=datetime.timedelta(days=1)))[0]
@@ -348,7 +351,7 @@ if __name__ == '__main__':
     if ranks > 1 and store.compare_set('here', '', here).decode() != here:  # the first rank to come sets it
         fail(f'rank {rank} has other settings, other data or another run than the first; give all the same')
     if 0 in (n_layer, n_head, n_embd, block_size, max_iters):
-        # settings left at 0, and for new weights a decay that may be stronger
+        # the settings left at 0, and weight_decay unless it is given or the weights are not new
         taken = {key: value for key, value in settings_for(len(train_tokens), n_embd).items()
                  if key not in given and (not settings[key] or key == 'weight_decay' and not source)}
         merge(settings, globals(), taken, (), '')
@@ -385,7 +388,7 @@ if __name__ == '__main__':
     raw_model.gradient_checkpointing = gradient_checkpointing
     if source:
         raw_model.load_state_dict(source['model'])
-    groups = raw_model.param_groups(weight_decay)  # the first: the blocks' matrices, which Muon takes over
+    groups = raw_model.param_groups(weight_decay)  # the first holds the blocks' matrices, Muon's share
     muon = [Muon([groups.pop(0)], lr=learning_rate, dtype=compute_dtype)] if optimizer == 'muon' else []
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True), *muon]
     scaler = torch.amp.GradScaler(kind, enabled=compute_dtype == torch.float16)
@@ -396,7 +399,7 @@ if __name__ == '__main__':
     def learn(x, y):
         """A batch's (B, T) part of the step's loss; writes its gradients, or with accumulation adds them."""
         if accumulation == 1:
-            raw_model.zero_grad()  # here, so that a graph writes them at the addresses it was captured with
+            raw_model.zero_grad()  # captured too, so that a graph writes new gradients, at its own addresses
         with autocast():
             loss = model(x, y) / accumulation
         scaler.scale(loss).backward()
@@ -466,8 +469,8 @@ if __name__ == '__main__':
     def collect():
         """Bring the pending steps' losses and gradient norms from the device into the state.
 
-        This is the loop's only wait for the device. Ends the process if a loss or a norm is not finite; with
-        a loss scaler (float16) a norm may be infinite.
+        Between these calls one process trains without waiting for the device. Ends the process if a loss or
+        a norm is not finite; with a loss scaler (float16) a norm may be.
         """
         milestones = 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold
         values = torch.stack([torch.stack(pair) for pair in pending]).tolist() if pending else []
@@ -599,7 +602,7 @@ if __name__ == '__main__':
         for group in (group for one in optimizers for group in one.param_groups):
             group.update({'lr': lr, 'betas': (beta, beta2)} if 'betas' in group else {'lr': lr})
         if accumulation > 1:
-            raw_model.zero_grad(set_to_none=graph is None)  # a graph adds to the gradients where they were
+            raw_model.zero_grad(set_to_none=graph is None)  # a graph adds to gradients at fixed addresses
         loss = torch.zeros((), device=chip)
         for micro_step in range(accumulation):
             if dropout:
