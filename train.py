@@ -52,21 +52,21 @@ class Muon(torch.optim.Optimizer):
             weights, lr = group['params'], group['lr']
             for p in weights:
                 self.state[p] = self.state[p] or {'momentum': torch.zeros_like(p)}
-            averages, updates = [self.state[p]['momentum'] for p in weights], [p.grad for p in weights]
-            torch._foreach_lerp_(averages, updates, 1 - group['momentum'])
-            torch._foreach_lerp_(updates, averages, group['momentum'])  # Nesterov; overwrites the gradients
+            averages, grads = [self.state[p]['momentum'] for p in weights], [p.grad for p in weights]
+            torch._foreach_lerp_(averages, grads, 1 - group['momentum'])
+            torch._foreach_lerp_(grads, averages, group['momentum'])  # Nesterov; overwrites the gradients
             torch._foreach_mul_(weights, 1 - lr * group['weight_decay'])
             same_shape = {}  # matrices of one shape are orthogonalized as one batch
-            for p, update in zip(weights, updates):
+            for p, grad in zip(weights, grads):
                 parts = 3 if p.size(0) == 3 * p.size(1) else 1
-                for pair in zip(p.chunk(parts), update.chunk(parts)):
+                for pair in zip(p.chunk(parts), grad.chunk(parts)):
                     same_shape.setdefault(pair[0].shape, []).append(pair)
             for shape, pairs in same_shape.items():
-                matrices, updates = zip(*pairs)
+                matrices, grads = zip(*pairs)
                 # not float16, in which a small gradient is 0; orthogonalize() divides by the norm first
                 dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-                stacked = updates[0].new_empty(len(updates), *shape, dtype=dtype)
-                torch._foreach_copy_(stacked.unbind(), updates)
+                stacked = grads[0].new_empty(len(grads), *shape, dtype=dtype)
+                torch._foreach_copy_(stacked.unbind(), grads)
                 updates = orthogonalize_in_ranks(stacked, self.dtype).unbind()
                 torch._foreach_add_(matrices, updates, alpha=-0.2 * max(shape)**0.5 * lr)
 
