@@ -243,20 +243,20 @@ class Int4Linear(nn.Module):
     def from_float(w):
         """weight and scale (bfloat16) of float weights w (O, C): for each group the scale of the least error.
 
-        A candidate makes a group's largest value a q of -7 to -11. q ends at -8, so beyond it that value is
-        clipped and the many small ones are finer. Each candidate is then refined to the best scale for its q.
+        A candidate makes a group's largest value a q of -7 to -10.75. q ends at -8, so beyond it that value
+        is clipped and the many small ones are finer. Each candidate is then refined to the best scale for
+        its q.
         """
         group = Int4Linear.GROUP
         w = F.pad(w, (0, -w.size(1) % group)).unflatten(1, (-1, group))  # (O, groups, group)
         largest = w.gather(2, w.abs().argmax(dim=2, keepdim=True))
-        scales, errors = [], []  # of each candidate, (O, groups, 1)
+        scale, least = largest, torch.full_like(largest, math.inf)  # nan and inf stay in scale
         for i in range(16):
             start = largest / -(7 + i / 4)
             q = (w / torch.where(start == 0, 1, start)).round_().clamp_(-8, 7)
-            scale = (w * q).sum(2, keepdim=True) / (q * q).sum(2, keepdim=True).clamp_(min=1)
-            scales.append(scale.bfloat16().float())
-            errors.append((w - q * scales[-1]).square_().sum(2, keepdim=True))
-        scale = torch.cat(scales, dim=2).gather(2, torch.cat(errors, dim=2).argmin(dim=2, keepdim=True))
+            new = ((w * q).sum(2, keepdim=True) / (q * q).sum(2, keepdim=True).clamp_(1)).bfloat16().float()
+            error = (w - q * new).square_().sum(2, keepdim=True)
+            scale, least = torch.where(error < least, new, scale), torch.minimum(error, least)
         q = (w / torch.where(scale == 0, 1, scale)).round_().clamp_(-8, 7).add_(8).flatten(1).to(torch.uint8)
         return q[:, ::2] | q[:, 1::2] << 4, scale[..., 0].bfloat16()
 
@@ -277,7 +277,7 @@ class Int4Linear(nn.Module):
             layer.scale, layer.bias = layer.scale.to(self.scale.dtype), self.bias
             return layer.pack(table)
         pad = (0, 0, 0, -self.shape[0] % 16)
-        weight, scale = F.pad(self.weight, pad, value=0x88), F.pad(self.scale, pad).t()
+        weight, scale = F.pad(self.weight, pad), F.pad(self.scale, pad).t()  # forward() cuts the new rows off
         pack = torch._convert_weight_to_int4pack_for_cpu
         self.packed = torch.cat([pack(halves(part).int(), 1) for part in weight.split(4096)])
         self.scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1).bfloat16().contiguous()
