@@ -273,14 +273,13 @@ class Int4Linear(nn.Module):
         if INT4 == 'int8':
             layer = Int8Linear(*reversed(self.shape))
             parts = [layer.from_float(self.rows(idx)) for idx in torch.arange(self.shape[0]).split(1024)]
-            layer.weight, layer.scale = map(torch.cat, zip(*parts))
-            layer.scale, layer.bias = layer.scale.to(self.scale.dtype), self.bias
-            return layer.pack(table)
+            layer.weight, layer.scale, layer.bias = *map(torch.cat, zip(*parts)), self.bias
+            return layer.float().pack(table)
         pad = (0, 0, 0, -self.shape[0] % 16)
         weight, scale = F.pad(self.weight, pad), F.pad(self.scale, pad).t()  # forward() cuts the new rows off
         pack = torch._convert_weight_to_int4pack_for_cpu
         self.packed = torch.cat([pack(halves(part).int(), 1) for part in weight.split(4096)])
-        self.scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1).bfloat16().contiguous()
+        self.scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1).bfloat16()
         if not table:
             self.weight = self.scale = None
         return self
