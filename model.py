@@ -817,18 +817,18 @@ def borrowed_graph(model, texts, positions, options, compile, steps):
 
 @torch.no_grad()
 def split_loss(model, tokens, context, max_tokens=0, name='', batch_tokens=8192):
-    """Mean negative log-likelihood, in nats, of tokens 1…n-1, in windows of `context` side by side.
+    """Mean negative log-likelihood, in nats, of tokens 1…n-1, in non-overlapping windows of `context`.
 
     The short tail is included. tokens is a uint16 array; max_tokens > 0 takes only that many from its start,
     but at least two. With a name, progress goes to stderr. Raises ValueError for fewer than two tokens.
     """
-    n = min(len(tokens), max(max_tokens, 2) if max_tokens else len(tokens)) - 1  # tokens with one before them
+    n = len(tokens[:max(max_tokens, 2)] if max_tokens else tokens) - 1  # tokens with one before them
     if n < 1:
         raise ValueError(f'{n + 1} tokens: a loss needs at least 2')
     whole, rows = n // context * context, max(batch_tokens // context, 1) * context
-    batches = [(i, min(i + rows, whole)) for i in range(0, whole, rows)] + [(whole, n)] * (whole < n)
     total, began, shown = 0.0, time.time(), time.time()
-    for first, last in batches:
+    # between two bounds lies a batch of whole windows; the short tail comes last, alone
+    for first, last in itertools.pairwise(sorted({*range(0, whole, rows), whole, n})):
         ids = torch.from_numpy(tokens[first:last + 1].astype('int64')).to(model.wpe.weight.device)
         T = min(context, last - first)
         total += model(ids[:-1].view(-1, T), ids[1:].view(-1, T)).item() * (last - first)
