@@ -322,7 +322,7 @@ class CausalSelfAttention(nn.Module):
             cache[..., where, :] = qkv[1:]
             k, v = cache[..., :where.stop if mask is None else mask.size(1), :]
         in_graph = q.is_cuda and mask is not None and T == 1
-        if in_graph or q.dtype == torch.bfloat16 and not q.is_cuda and 1 < T <= 512 and cache is None:
+        if in_graph or q.dtype == torch.bfloat16 and q.is_cpu and 1 < T <= 512 and cache is None:
             y = attend_in_products(q, k, v, dropout, mask)
         else:  # is_causal aligns top-left: right for an empty cache, and one new position needs no mask
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and bool(T > 1))
