@@ -71,7 +71,7 @@ class GPTConfig:
 
     def num_params(self):
         """See GPT.num_params()."""
-        # in all a multiple of n_embd: rows of tables and matrices, norms, biases
+        # each tensor's size is a multiple of n_embd; a block has two norms, and biases of 11 n_embd numbers
         rows = self.vocab_size + self.block_size + 12 * self.n_layer * self.n_embd
         return (rows + 2 * self.n_layer + 1 + (11 * self.n_layer + 1) * self.bias) * self.n_embd
 
@@ -135,13 +135,13 @@ def cpu_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def logits_product(x, weight):
-    """x (…, C) @ weight.T (C, V) in float32, except under autocast on a CPU, where that costs too much.
+    """x (…, C) @ weight.T (C, V) in float32: GPT-2's logits are near -100, where bfloat16 has steps of 0.5.
 
-    GPT-2's logits are near -100, and there bfloat16 has steps of 0.5.
+    Under autocast only CUDA without gradients gives float32; elsewhere it costs too much or has no gradient.
     """
     kind, autocast = x.device.type, torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-    if kind == 'cuda' and dtype != torch.float32 and not torch.is_grad_enabled():  # out_dtype has no gradient
+    if kind == 'cuda' and dtype != torch.float32 and not torch.is_grad_enabled():  # out_dtype has none
         y = torch.mm(x.flatten(0, -2).to(dtype), weight.to(dtype).t(), out_dtype=torch.float32)
         return y.unflatten(0, x.shape[:-1])
     return product(x, weight) if autocast else product(x.float(), weight.float())
@@ -200,7 +200,7 @@ class Int8Linear(nn.Module):
             self.packed = self.rows()
         elif INT8 == 'fbgemm':
             zeros = torch.zeros(len(self.scale), dtype=torch.long)
-            warnings.filterwarnings('ignore', 'torch.quantize_per_tensor')  # torch plans to drop them
+            warnings.filterwarnings('ignore', 'torch.quantize_per_tensor')  # a deprecation
             q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
             self.packed = torch.ops.quantized.linear_prepack(q, None)
         if self.packed is not None and not table:  # the token table keeps its integers, for rows()
@@ -297,7 +297,7 @@ LAYERS = {'': Linear, 'int8': Int8Linear, 'int4': Int4Linear}  # by GPTConfig.qu
 # -- the network ---------------------------------------------------------------------------------------------
 
 def is_learning(module):
-    """Whether this is a training step: without gradients there is no dropout, in train mode too."""
+    """Whether a module is in train mode with gradients on; only then is there dropout."""
     return module.training and torch.is_grad_enabled()
 
 
@@ -498,7 +498,7 @@ class GPT(nn.Module):
                 ((blocks, weight_decay), (tables, weight_decay), (vectors, 0.0))]
 
     def compile(self, **options):
-        """Compile blocks and loss in place. One graph for all blocks takes a quarter of twelve's time."""
+        """Compile blocks and loss in place. The blocks share one graph: twelve would take 4 times as long."""
         for block in self.h:
             block.compile(**options)
         HeadLoss.of_logits = staticmethod(torch.compile(loss_of_logits, **options))
@@ -506,7 +506,7 @@ class GPT(nn.Module):
     # -- generation ------------------------------------------------------------------------------------------
 
     def new_cache(self, texts, positions):
-        """Zeros for each layer's keys and values, (2, B, nh, S, hs), and a mask of a text's ids, (B, V)."""
+        """Zeros for each layer's keys and values, (2, B, nh, S, hs), and for which ids a text has, (B, V)."""
         shape = 2, texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
         seen = self.wpe.weight.new_zeros(texts, self.config.vocab_size, dtype=torch.bool)
         return [self.wpe.weight.new_zeros(shape) for _ in self.h], seen
@@ -557,7 +557,7 @@ class GPT(nn.Module):
             cache, seen, replay = graph or (*self.new_cache(len(text), positions), None)
             seen.zero_().scatter_(1, text, True)
             for written, uniform in zip(range(max_new_tokens), uniform_numbers(len(text), seed, idx.device)):
-                # a right draft's logits are here already; after a wrong one the last branch drafts again
+                # the logits after a right draft are known; after a wrong one the last branch drafts again
                 if drafted and ids.item() == drafted.pop(0):
                     logits, T = logits[:, 1:], T + 1
                 elif written == 0:  # each prompt runs once; its texts get copies of its cache
@@ -565,7 +565,7 @@ class GPT(nn.Module):
                     logits = logits.repeat_interleave(num_samples, dim=0)
                     for kv in cache:
                         kv[:, :, :, :T] = kv[:, :len(idx), :, :T].repeat_interleave(num_samples, dim=1)
-                        kv[:, :, :, T:] = 0  # what a graph's last text left is masked, but 0 times inf is nan
+                        kv[:, :, :, T:] = 0  # masked, but 0 times an inf of a graph's last text is nan
                 elif T == window:
                     T = max(window // 2, 1)
                     logits = self.next_logits(text[:, -T:], cache)
@@ -618,7 +618,8 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
         return logits.argmax(dim=-1)
     logits, ids = filter_logits(logits, temperature, top_k, top_p, min_p)
     device = 'cpu' if logits.is_mps else logits.device  # MPS has no float64
-    # in float64 uniform · sum stays below the sum, so the search always ends at an id with a probability
+    # in float64 uniform · sum stays below the sum, so the search always ends at an id with a probability; nan
+    # logits alone would end it beyond the last id
     cumulative = logits.softmax(dim=-1).to(device).cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None].to(device) * cumulative[:, -1:]
     choice = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.size(1) - 1)
@@ -668,13 +669,13 @@ class Index:
     def propose(self, text, most):
         """At most `most` ids: those that follow the corpus's longest match with the end of a text (T,).
 
-        It compares up to 32 ids at 64 places that share most of the text's last four. A match of n ids gives
-        n - 2 ids, so a text that is not in the corpus gets none, and is no slower.
+        It compares up to 32 ids at 64 places, whose runs of four sort next to the text's last four ids. A
+        match of n ids gives n - 2 ids, so a text that is not in the corpus gets none, and is no slower.
         """
         self.passes += 1
         last = np.array([0] * 32 + text[-32:].tolist())[-32:].astype('<u2')  # zeros before a short text
         near = self.keys.searchsorted(runs_of_four(last[-4:])[0])
-        ends = self.ends[max(near - 4, 0):near + 60].astype(np.int64)  # equal ones stand from `near` on
+        ends = self.ends[max(near - 4, 0):near + 60].astype(np.int64)  # equal runs start at `near`
         same = self.ids[np.maximum(ends[:, None] - np.arange(1, 33), 0)] == last[::-1]
         lengths = same.cumprod(axis=1).sum(axis=1)
         best = lengths.argmax()
@@ -774,7 +775,7 @@ def capture(run, *inputs):
 
 @torch.inference_mode(False)  # tensors made in a caller's inference_mode could not be written outside it
 def graph_of(model, texts, positions, options, compile):
-    """(cache, seen, step): a step of fixed shapes as a CUDA graph, and the buffers whose addresses it has."""
+    """(cache, seen, step): a step of fixed shapes as a CUDA graph, and the buffers it reads and writes."""
     if compile == 'True' and not model.compiled_steps:  # tuned, one text is 9% faster (H200)
         model.compile(dynamic=False, options={'coordinate_descent_tuning': True})
         model.compiled_steps = True
@@ -933,7 +934,7 @@ def save(path, config, weights, tokenizer, kind='model', **facts):
 
 
 def read(path, check=True):
-    """A model file's contents, a dict; nanoGPT's checkpoints and Hugging Face's folders give a like one.
+    """A model file's contents, a dict; a nanoGPT checkpoint or a Hugging Face folder gives the same keys.
 
     check=False leaves the tensors on disk, which is enough to ask for the step. Raises OSError, or ValueError
     for a file that is damaged or of another format. Footgun: torch.load does not check the zip's CRCs, and
@@ -995,7 +996,7 @@ def download(path):
     if not is_id or os.path.exists(path) or owner == 'out' or owner and os.path.isdir(owner):
         return path
     try:
-        from huggingface_hub import snapshot_download  # Gradio brings it
+        from huggingface_hub import snapshot_download  # Gradio requires it
         return snapshot_download(path, allow_patterns=['*.pt', '*.json', '*.txt', 'model*.safetensors'])
     except Exception as error:
         raise FileNotFoundError(f'{path}: not here, and not to be had from the Hub ({one_line(error)}); '
@@ -1050,7 +1051,7 @@ def build(contents, device='cpu'):
 
 GPT2 = {'name': 'gpt2', 'vocab_size': 50257}  # its tokenizer's meta
 GPT2_VOCABULARY = '3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3'  # SHA-256 of its tokens
-# what Hugging Face's GPT2Config can say of the network, and the values that are folio's
+# the settings in Hugging Face's config.json that change the network, and the values that fit folio's
 NETWORK = dict(model_type=('gpt2',), activation_function=('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'),
                layer_norm_epsilon=(1e-5,), scale_attn_weights=(True,), add_cross_attention=(False,),
                scale_attn_by_inverse_layer_idx=(False,), quantization_config=(None,))
@@ -1065,29 +1066,29 @@ def from_hugging_face(folder):
         from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel, logging
         logging.set_verbosity(logging.CRITICAL)
         logging.disable_progress_bar()
-        said = AutoConfig.from_pretrained(folder)
+        hf = AutoConfig.from_pretrained(folder)
         for key, values in NETWORK.items():
-            if getattr(said, key, values[0]) not in values:
-                raise ValueError(f'{key} is {getattr(said, key)!r}, where a GPT-2 has {values[0]!r}')
-        facts = getattr(said, 'folio', {'tokenizer': GPT2, 'config': {'bias': True}})  # quantize.py's
-        words = AutoTokenizer.from_pretrained(folder).get_vocab()  # one word if it has none
+            if getattr(hf, key, values[0]) not in values:
+                raise ValueError(f'{key} is {getattr(hf, key)!r}, where a GPT-2 has {values[0]!r}')
+        facts = getattr(hf, 'folio', {'tokenizer': GPT2, 'config': {'bias': True}})  # quantize.py's facts
+        words = AutoTokenizer.from_pretrained(folder).get_vocab()  # a single word where there are no files
         tokens = '\n'.join(sorted(words, key=words.get)[:50256]).encode()
         same = len(words) < 3 or hashlib.sha256(tokens).hexdigest() == GPT2_VOCABULARY
-        if facts['tokenizer'] == GPT2 and not (same and 50257 <= said.vocab_size <= 50304):
-            raise ValueError(f"its {said.vocab_size:,} tokens are not GPT-2's")
-        theirs, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        for name in info['missing_keys'] | info['mismatched_keys']:  # which it fills with random numbers
+        if facts['tokenizer'] == GPT2 and not (same and 50257 <= hf.vocab_size <= 50304):
+            raise ValueError(f"its {hf.vocab_size:,} tokens are not GPT-2's")
+        model, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        for name in info['missing_keys'] | info['mismatched_keys']:  # transformers fills them at random
             raise ValueError(f'{name} is missing, or of another shape')
-        if not torch.equal(theirs.lm_head.weight, theirs.transformer.wte.weight):
+        if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
             raise ValueError('its head is not its token table')
-        shape = said.n_positions, facts['tokenizer']['vocab_size'], said.n_layer, said.n_head, said.n_embd
+        shape = hf.n_positions, facts['tokenizer']['vocab_size'], hf.n_layer, hf.n_head, hf.n_embd
         config = GPTConfig(*shape, bias=facts['config']['bias'])
     except Exception as error:  # transformers raises nearly anything for a damaged folder
         way_out = 'pip install transformers' if isinstance(error, ImportError) else 'name another'
         raise ValueError(f'{folder}: not a GPT-2 that folio can read: {one_line(error)}; {way_out}') from None
     weights = {name: w.t().contiguous() if re.search(r'c_\w+\.weight', name) else w  # Conv1D's (C, O)
-               for name, w in theirs.transformer.state_dict().items()
-               if config.bias or not name.endswith('bias')}  # their network always has biases
+               for name, w in model.transformer.state_dict().items()
+               if config.bias or not name.endswith('bias')}  # Hugging Face's GPT-2 always has biases
     return imported(folder, config, weights, **facts)
 
 
