@@ -421,9 +421,9 @@ class GPT(nn.Module):
         self.compiled_steps = False  # whether a CUDA graph's step runs the compiled blocks; see graph_of()
         V, C = config.padded_vocab_size, config.n_embd
         self.wte = LAYERS[config.quantized](C, V, bias=False) if config.quantized else nn.Embedding(V, C)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, C)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.ln_f = nn.LayerNorm(C, eps=1e-5, bias=config.bias)
         # the head is wte again (weight tying, https://arxiv.org/abs/1608.05859)
         for name, p in self.named_parameters():
             if name.endswith('bias'):
@@ -491,11 +491,11 @@ class GPT(nn.Module):
 
     def param_groups(self, weight_decay):
         """Three optimizer groups: the blocks' matrices, other matrices, and vectors, which do not decay."""
-        vectors = [p for p in self.parameters() if p.dim() < 2]
         blocks = [p for p in self.h.parameters() if p.dim() == 2]
-        tables = [p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith('h.')]
-        return [dict(params=params, weight_decay=decay) for params, decay in
-                ((blocks, weight_decay), (tables, weight_decay), (vectors, 0.0))]
+        rest = [p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith('h.')]
+        vectors = [p for p in self.parameters() if p.dim() < 2]
+        return [dict(params=blocks, weight_decay=weight_decay), dict(params=rest, weight_decay=weight_decay),
+                dict(params=vectors, weight_decay=0.0)]
 
     def compile(self, **options):
         """Compile blocks and loss in place. The blocks share one graph: twelve would take 4 times as long."""
@@ -613,7 +613,7 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
     """
     if repetition_penalty != 1:
         less_likely = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
-        logits = logits.where(~seen, less_likely)
+        logits = torch.where(seen, less_likely, logits)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = filter_logits(logits, temperature, top_k, top_p, min_p)
@@ -866,7 +866,7 @@ def pick_device(name='auto'):
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # neither opens a context on a GPU
     names = [f'cuda:{i}' for i in range(gpus)] + ['mps'] * torch.backends.mps.is_available() + ['cpu']
-    name = names[0].removesuffix(':0') if name == 'auto' else name
+    name = ('cuda' if gpus else names[0]) if name == 'auto' else name
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name
     if name not in names:
         raise ValueError(f'device {name!r} is not available here; auto takes the best there is')
