@@ -147,7 +147,8 @@ def logits_product(x, weight):
     return product(x, weight) if autocast else product(x.float(), weight.float())
 
 
-# cpu_product() and its gradients as one operator: torch.compile keeps it whole instead of breaking the graph
+# cpu_product() and its gradients as one operator: torch.compile keeps it whole instead of breaking the graph.
+# custom_op() needs cpu_product()'s annotations
 product_op = torch.library.custom_op('folio::product', cpu_product, mutates_args=(), device_types='cpu')
 
 
@@ -395,7 +396,7 @@ class HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, weight = x.to(dtype), table.to(dtype)
         grads_x, grad_table, total = [], None, 0.0
-        parts = math.ceil(len(x) * len(table) / 2**(25 if kind == 'cpu' else 29))  # of equal size
+        parts = math.ceil(len(x) * len(table) / 2**(25 if kind == 'cpu' else 29))  # of so many logits
         for part, ids in zip(x.chunk(parts), targets.chunk(parts)):
             losses, grad = HeadLoss.of_logits(logits_product(part, weight), ids[:, None], dtype)
             total += losses.sum()
@@ -926,7 +927,7 @@ def save(path, config, weights, tokenizer, kind='model', **facts):
     rows are cut off unless kind is 'checkpoint'. tokenizer is the tokenizer's meta. facts (step,
     trained_context, losses, …) come back in load()'s meta.
     """
-    if kind != 'checkpoint':
+    if kind != 'checkpoint':  # torch.save would write all rows of a mere slice, so clone()
         weights = {**weights, 'wte.weight': weights['wte.weight'][:config.vocab_size].clone()}
     with replacing(path) as f:
         torch.save({'format_version': FORMAT_VERSION, 'kind': kind, 'config': dataclasses.asdict(config),
@@ -1049,7 +1050,7 @@ def build(contents, device='cpu'):
 
 # -- other projects' models ----------------------------------------------------------------------------------
 
-GPT2 = {'name': 'gpt2', 'vocab_size': 50257}  # its tokenizer's meta
+GPT2 = {'name': 'gpt2', 'vocab_size': 50257}  # the meta of GPT-2's tokenizer
 GPT2_VOCABULARY = '3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3'  # SHA-256 of its tokens
 # the settings in Hugging Face's config.json that change the network, and the values that fit folio's
 NETWORK = dict(model_type=('gpt2',), activation_function=('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'),
@@ -1109,7 +1110,10 @@ def from_nanogpt(contents, path):
 
 
 def imported(path, config, weights, /, **facts):
-    """read()'s contents for a model with these weights. Raises ValueError if one is not finite."""
+    """read()'s contents for a model with these weights; a config among the facts does not count.
+
+    Raises ValueError if a weight is not finite.
+    """
     for name, w in weights.items():
         if not w.isfinite().all():
             raise ValueError(f'{path}: {name} is not finite: the training diverged; name an earlier model')
