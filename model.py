@@ -71,7 +71,7 @@ class GPTConfig:
 
     def num_params(self):
         """See GPT.num_params()."""
-        # in all a multiple of n_embd: rows of tables and matrices, norms, biases
+        # each tensor's size is a multiple of n_embd; a block has two norms, and biases of 11 n_embd numbers
         rows = self.vocab_size + self.block_size + 12 * self.n_layer * self.n_embd
         return (rows + 2 * self.n_layer + 1 + (11 * self.n_layer + 1) * self.bias) * self.n_embd
 
@@ -135,19 +135,20 @@ def cpu_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def logits_product(x, weight):
-    """x (…, C) @ weight.T (C, V) in float32, except under autocast on a CPU, where that costs too much.
+    """x (…, C) @ weight.T (C, V) in float32: GPT-2's logits are near -100, where bfloat16 has steps of 0.5.
 
-    GPT-2's logits are near -100, and there bfloat16 has steps of 0.5.
+    Under autocast only CUDA without gradients gives float32; elsewhere it costs too much or has no gradient.
     """
     kind, autocast = x.device.type, torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-    if kind == 'cuda' and dtype != torch.float32 and not torch.is_grad_enabled():  # out_dtype has no gradient
+    if kind == 'cuda' and dtype != torch.float32 and not torch.is_grad_enabled():  # out_dtype has none
         y = torch.mm(x.flatten(0, -2).to(dtype), weight.to(dtype).t(), out_dtype=torch.float32)
         return y.unflatten(0, x.shape[:-1])
     return product(x, weight) if autocast else product(x.float(), weight.float())
 
 
-# cpu_product() and its gradients as one operator: torch.compile keeps it whole instead of breaking the graph
+# cpu_product() and its gradients as one operator: torch.compile keeps it whole instead of breaking the graph.
+# custom_op() needs cpu_product()'s annotations
 product_op = torch.library.custom_op('folio::product', cpu_product, mutates_args=(), device_types='cpu')
 
 
@@ -200,7 +201,7 @@ class Int8Linear(nn.Module):
             self.packed = self.rows()
         elif INT8 == 'fbgemm':
             zeros = torch.zeros(len(self.scale), dtype=torch.long)
-            warnings.filterwarnings('ignore', 'torch.quantize_per_tensor')  # torch plans to drop them
+            warnings.filterwarnings('ignore', 'torch.quantize_per_tensor')  # a deprecation
             q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zeros, 0)
             self.packed = torch.ops.quantized.linear_prepack(q, None)
         if self.packed is not None and not table:  # the token table keeps its integers, for rows()
@@ -243,20 +244,20 @@ class Int4Linear(nn.Module):
     def from_float(w):
         """weight and scale (bfloat16) of float weights w (O, C): for each group the scale of the least error.
 
-        A candidate makes a group's largest value a q of -7 to -11. q ends at -8, so beyond it that value is
-        clipped and the many small ones are finer. Each candidate is then refined to the best scale for its q.
+        A candidate makes a group's largest value a q of -7 to -10.75. q ends at -8, so beyond it that value
+        is clipped and the many small ones are finer. Each candidate is then refined to the best scale for
+        its q.
         """
         group = Int4Linear.GROUP
         w = F.pad(w, (0, -w.size(1) % group)).unflatten(1, (-1, group))  # (O, groups, group)
         largest = w.gather(2, w.abs().argmax(dim=2, keepdim=True))
-        scales, errors = [], []  # of each candidate, (O, groups, 1)
+        scale, least = largest, torch.full_like(largest, math.inf)  # nan and inf stay in scale
         for i in range(16):
             start = largest / -(7 + i / 4)
             q = (w / torch.where(start == 0, 1, start)).round_().clamp_(-8, 7)
-            scale = (w * q).sum(2, keepdim=True) / (q * q).sum(2, keepdim=True).clamp_(min=1)
-            scales.append(scale.bfloat16().float())
-            errors.append((w - q * scales[-1]).square_().sum(2, keepdim=True))
-        scale = torch.cat(scales, dim=2).gather(2, torch.cat(errors, dim=2).argmin(dim=2, keepdim=True))
+            new = ((w * q).sum(2, keepdim=True) / (q * q).sum(2, keepdim=True).clamp_(1)).bfloat16().float()
+            error = (w - q * new).square_().sum(2, keepdim=True)
+            scale, least = torch.where(error < least, new, scale), torch.minimum(error, least)
         q = (w / torch.where(scale == 0, 1, scale)).round_().clamp_(-8, 7).add_(8).flatten(1).to(torch.uint8)
         return q[:, ::2] | q[:, 1::2] << 4, scale[..., 0].bfloat16()
 
@@ -273,14 +274,13 @@ class Int4Linear(nn.Module):
         if INT4 == 'int8':
             layer = Int8Linear(*reversed(self.shape))
             parts = [layer.from_float(self.rows(idx)) for idx in torch.arange(self.shape[0]).split(1024)]
-            layer.weight, layer.scale = map(torch.cat, zip(*parts))
-            layer.scale, layer.bias = layer.scale.to(self.scale.dtype), self.bias
-            return layer.pack(table)
+            layer.weight, layer.scale, layer.bias = *map(torch.cat, zip(*parts)), self.bias
+            return layer.float().pack(table)
         pad = (0, 0, 0, -self.shape[0] % 16)
-        weight, scale = F.pad(self.weight, pad, value=0x88), F.pad(self.scale, pad).t()
+        weight, scale = F.pad(self.weight, pad), F.pad(self.scale, pad).t()  # forward() cuts the new rows off
         pack = torch._convert_weight_to_int4pack_for_cpu
         self.packed = torch.cat([pack(halves(part).int(), 1) for part in weight.split(4096)])
-        self.scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1).bfloat16().contiguous()
+        self.scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1).bfloat16()
         if not table:
             self.weight = self.scale = None
         return self
@@ -298,7 +298,7 @@ LAYERS = {'': Linear, 'int8': Int8Linear, 'int4': Int4Linear}  # by GPTConfig.qu
 # -- the network ---------------------------------------------------------------------------------------------
 
 def is_learning(module):
-    """Whether this is a training step: without gradients there is no dropout, in train mode too."""
+    """Whether a module is in train mode with gradients on; only then is there dropout."""
     return module.training and torch.is_grad_enabled()
 
 
@@ -323,7 +323,7 @@ class CausalSelfAttention(nn.Module):
             cache[..., where, :] = qkv[1:]
             k, v = cache[..., :where.stop if mask is None else mask.size(1), :]
         in_graph = q.is_cuda and mask is not None and T == 1
-        if in_graph or q.dtype == torch.bfloat16 and not q.is_cuda and 1 < T <= 512 and cache is None:
+        if in_graph or q.dtype == torch.bfloat16 and q.is_cpu and 1 < T <= 512 and cache is None:
             y = attend_in_products(q, k, v, dropout, mask)
         else:  # is_causal aligns top-left: right for an empty cache, and one new position needs no mask
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and bool(T > 1))
@@ -396,7 +396,7 @@ class HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, weight = x.to(dtype), table.to(dtype)
         grads_x, grad_table, total = [], None, 0.0
-        parts = math.ceil(len(x) * len(table) / 2**(25 if kind == 'cpu' else 29))  # of equal size
+        parts = math.ceil(len(x) * len(table) / 2**(25 if kind == 'cpu' else 29))  # of so many logits
         for part, ids in zip(x.chunk(parts), targets.chunk(parts)):
             losses, grad = HeadLoss.of_logits(logits_product(part, weight), ids[:, None], dtype)
             total += losses.sum()
@@ -422,9 +422,9 @@ class GPT(nn.Module):
         self.compiled_steps = False  # whether a CUDA graph's step runs the compiled blocks; see graph_of()
         V, C = config.padded_vocab_size, config.n_embd
         self.wte = LAYERS[config.quantized](C, V, bias=False) if config.quantized else nn.Embedding(V, C)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, C)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.ln_f = nn.LayerNorm(C, eps=1e-5, bias=config.bias)
         # the head is wte again (weight tying, https://arxiv.org/abs/1608.05859)
         for name, p in self.named_parameters():
             if name.endswith('bias'):
@@ -492,14 +492,14 @@ class GPT(nn.Module):
 
     def param_groups(self, weight_decay):
         """Three optimizer groups: the blocks' matrices, other matrices, and vectors, which do not decay."""
-        vectors = [p for p in self.parameters() if p.dim() < 2]
         blocks = [p for p in self.h.parameters() if p.dim() == 2]
-        tables = [p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith('h.')]
-        return [dict(params=params, weight_decay=decay) for params, decay in
-                ((blocks, weight_decay), (tables, weight_decay), (vectors, 0.0))]
+        rest = [p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith('h.')]
+        vectors = [p for p in self.parameters() if p.dim() < 2]
+        return [dict(params=blocks, weight_decay=weight_decay), dict(params=rest, weight_decay=weight_decay),
+                dict(params=vectors, weight_decay=0.0)]
 
     def compile(self, **options):
-        """Compile blocks and loss in place. One graph for all blocks takes a quarter of twelve's time."""
+        """Compile blocks and loss in place. The blocks share one graph: twelve would take 4 times as long."""
         for block in self.h:
             block.compile(**options)
         HeadLoss.of_logits = staticmethod(torch.compile(loss_of_logits, **options))
@@ -507,7 +507,7 @@ class GPT(nn.Module):
     # -- generation ------------------------------------------------------------------------------------------
 
     def new_cache(self, texts, positions):
-        """Zeros for each layer's keys and values, (2, B, nh, S, hs), and a mask of a text's ids, (B, V)."""
+        """Zeros for each layer's keys and values, (2, B, nh, S, hs), and for which ids a text has, (B, V)."""
         shape = 2, texts, self.config.n_head, positions, self.config.n_embd // self.config.n_head
         seen = self.wpe.weight.new_zeros(texts, self.config.vocab_size, dtype=torch.bool)
         return [self.wpe.weight.new_zeros(shape) for _ in self.h], seen
@@ -558,7 +558,7 @@ class GPT(nn.Module):
             cache, seen, replay = graph or (*self.new_cache(len(text), positions), None)
             seen.zero_().scatter_(1, text, True)
             for written, uniform in zip(range(max_new_tokens), uniform_numbers(len(text), seed, idx.device)):
-                # a right draft's logits are here already; after a wrong one the last branch drafts again
+                # the logits after a right draft are known; after a wrong one the last branch drafts again
                 if drafted and ids.item() == drafted.pop(0):
                     logits, T = logits[:, 1:], T + 1
                 elif written == 0:  # each prompt runs once; its texts get copies of its cache
@@ -566,7 +566,7 @@ class GPT(nn.Module):
                     logits = logits.repeat_interleave(num_samples, dim=0)
                     for kv in cache:
                         kv[:, :, :, :T] = kv[:, :len(idx), :, :T].repeat_interleave(num_samples, dim=1)
-                        kv[:, :, :, T:] = 0  # what a graph's last text left is masked, but 0 times inf is nan
+                        kv[:, :, :, T:] = 0  # masked, but 0 times an inf of a graph's last text is nan
                 elif T == window:
                     T = max(window // 2, 1)
                     logits = self.next_logits(text[:, -T:], cache)
@@ -614,12 +614,13 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
     """
     if repetition_penalty != 1:
         less_likely = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
-        logits = logits.where(~seen, less_likely)
+        logits = torch.where(seen, less_likely, logits)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = filter_logits(logits, temperature, top_k, top_p, min_p)
     device = 'cpu' if logits.is_mps else logits.device  # MPS has no float64
-    # in float64 uniform · sum stays below the sum, so the search always ends at an id with a probability
+    # in float64 uniform · sum stays below the sum, so the search always ends at an id with a probability; nan
+    # logits alone would end it beyond the last id
     cumulative = logits.softmax(dim=-1).to(device).cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None].to(device) * cumulative[:, -1:]
     choice = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.size(1) - 1)
@@ -669,13 +670,13 @@ class Index:
     def propose(self, text, most):
         """At most `most` ids: those that follow the corpus's longest match with the end of a text (T,).
 
-        It compares up to 32 ids at 64 places that share most of the text's last four. A match of n ids gives
-        n - 2 ids, so a text that is not in the corpus gets none, and is no slower.
+        It compares up to 32 ids at 64 places, whose runs of four sort next to the text's last four ids. A
+        match of n ids gives n - 2 ids, so a text that is not in the corpus gets none, and is no slower.
         """
         self.passes += 1
         last = np.array([0] * 32 + text[-32:].tolist())[-32:].astype('<u2')  # zeros before a short text
         near = self.keys.searchsorted(runs_of_four(last[-4:])[0])
-        ends = self.ends[max(near - 4, 0):near + 60].astype(np.int64)  # equal ones stand from `near` on
+        ends = self.ends[max(near - 4, 0):near + 60].astype(np.int64)  # equal runs start at `near`
         same = self.ids[np.maximum(ends[:, None] - np.arange(1, 33), 0)] == last[::-1]
         lengths = same.cumprod(axis=1).sum(axis=1)
         best = lengths.argmax()
@@ -775,7 +776,7 @@ def capture(run, *inputs):
 
 @torch.inference_mode(False)  # tensors made in a caller's inference_mode could not be written outside it
 def graph_of(model, texts, positions, options, compile):
-    """(cache, seen, step): a step of fixed shapes as a CUDA graph, and the buffers whose addresses it has."""
+    """(cache, seen, step): a step of fixed shapes as a CUDA graph, and the buffers it reads and writes."""
     if compile == 'True' and not model.compiled_steps:  # tuned, one text is 9% faster (H200)
         model.compile(dynamic=False, options={'coordinate_descent_tuning': True})
         model.compiled_steps = True
@@ -818,18 +819,18 @@ def borrowed_graph(model, texts, positions, options, compile, steps):
 
 @torch.no_grad()
 def split_loss(model, tokens, context, max_tokens=0, name='', batch_tokens=8192):
-    """Mean negative log-likelihood, in nats, of tokens 1…n-1, in windows of `context` side by side.
+    """Mean negative log-likelihood, in nats, of tokens 1…n-1, in non-overlapping windows of `context`.
 
     The short tail is included. tokens is a uint16 array; max_tokens > 0 takes only that many from its start,
     but at least two. With a name, progress goes to stderr. Raises ValueError for fewer than two tokens.
     """
-    n = min(len(tokens), max(max_tokens, 2) if max_tokens else len(tokens)) - 1  # tokens with one before them
+    n = len(tokens[:max(max_tokens, 2)] if max_tokens else tokens) - 1  # tokens with one before them
     if n < 1:
         raise ValueError(f'{n + 1} tokens: a loss needs at least 2')
     whole, rows = n // context * context, max(batch_tokens // context, 1) * context
-    batches = [(i, min(i + rows, whole)) for i in range(0, whole, rows)] + [(whole, n)] * (whole < n)
     total, began, shown = 0.0, time.time(), time.time()
-    for first, last in batches:
+    # between two bounds lies a batch of whole windows; the short tail comes last, alone
+    for first, last in itertools.pairwise(sorted({*range(0, whole, rows), whole, n})):
         ids = torch.from_numpy(tokens[first:last + 1].astype('int64')).to(model.wpe.weight.device)
         T = min(context, last - first)
         total += model(ids[:-1].view(-1, T), ids[1:].view(-1, T)).item() * (last - first)
@@ -866,7 +867,7 @@ def pick_device(name='auto'):
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # neither opens a context on a GPU
     names = [f'cuda:{i}' for i in range(gpus)] + ['mps'] * torch.backends.mps.is_available() + ['cpu']
-    name = names[0].removesuffix(':0') if name == 'auto' else name
+    name = ('cuda' if gpus else names[0]) if name == 'auto' else name
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name
     if name not in names:
         raise ValueError(f'device {name!r} is not available here; auto takes the best there is')
@@ -926,7 +927,7 @@ def save(path, config, weights, tokenizer, kind='model', **facts):
     rows are cut off unless kind is 'checkpoint'. tokenizer is the tokenizer's meta. facts (step,
     trained_context, losses, …) come back in load()'s meta.
     """
-    if kind != 'checkpoint':
+    if kind != 'checkpoint':  # torch.save would write all rows of a mere slice, so clone()
         weights = {**weights, 'wte.weight': weights['wte.weight'][:config.vocab_size].clone()}
     with replacing(path) as f:
         torch.save({'format_version': FORMAT_VERSION, 'kind': kind, 'config': dataclasses.asdict(config),
@@ -934,7 +935,7 @@ def save(path, config, weights, tokenizer, kind='model', **facts):
 
 
 def read(path, check=True):
-    """A model file's contents, a dict; nanoGPT's checkpoints and Hugging Face's folders give a like one.
+    """A model file's contents, a dict; a nanoGPT checkpoint or a Hugging Face folder gives the same keys.
 
     check=False leaves the tensors on disk, which is enough to ask for the step. Raises OSError, or ValueError
     for a file that is damaged or of another format. Footgun: torch.load does not check the zip's CRCs, and
@@ -996,7 +997,7 @@ def download(path):
     if not is_id or os.path.exists(path) or owner == 'out' or owner and os.path.isdir(owner):
         return path
     try:
-        from huggingface_hub import snapshot_download  # Gradio brings it
+        from huggingface_hub import snapshot_download  # Gradio requires it
         return snapshot_download(path, allow_patterns=['*.pt', '*.json', '*.txt', 'model*.safetensors'])
     except Exception as error:
         raise FileNotFoundError(f'{path}: not here, and not to be had from the Hub ({one_line(error)}); '
@@ -1049,9 +1050,9 @@ def build(contents, device='cpu'):
 
 # -- other projects' models ----------------------------------------------------------------------------------
 
-GPT2 = {'name': 'gpt2', 'vocab_size': 50257}  # its tokenizer's meta
+GPT2 = {'name': 'gpt2', 'vocab_size': 50257}  # the meta of GPT-2's tokenizer
 GPT2_VOCABULARY = '3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3'  # SHA-256 of its tokens
-# what Hugging Face's GPT2Config can say of the network, and the values that are folio's
+# the settings in Hugging Face's config.json that change the network, and the values that fit folio's
 NETWORK = dict(model_type=('gpt2',), activation_function=('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'),
                layer_norm_epsilon=(1e-5,), scale_attn_weights=(True,), add_cross_attention=(False,),
                scale_attn_by_inverse_layer_idx=(False,), quantization_config=(None,))
@@ -1066,29 +1067,29 @@ def from_hugging_face(folder):
         from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel, logging
         logging.set_verbosity(logging.CRITICAL)
         logging.disable_progress_bar()
-        said = AutoConfig.from_pretrained(folder)
+        hf = AutoConfig.from_pretrained(folder)
         for key, values in NETWORK.items():
-            if getattr(said, key, values[0]) not in values:
-                raise ValueError(f'{key} is {getattr(said, key)!r}, where a GPT-2 has {values[0]!r}')
-        facts = getattr(said, 'folio', {'tokenizer': GPT2, 'config': {'bias': True}})  # quantize.py's
-        words = AutoTokenizer.from_pretrained(folder).get_vocab()  # one word if it has none
+            if getattr(hf, key, values[0]) not in values:
+                raise ValueError(f'{key} is {getattr(hf, key)!r}, where a GPT-2 has {values[0]!r}')
+        facts = getattr(hf, 'folio', {'tokenizer': GPT2, 'config': {'bias': True}})  # quantize.py's facts
+        words = AutoTokenizer.from_pretrained(folder).get_vocab()  # a single word where there are no files
         tokens = '\n'.join(sorted(words, key=words.get)[:50256]).encode()
         same = len(words) < 3 or hashlib.sha256(tokens).hexdigest() == GPT2_VOCABULARY
-        if facts['tokenizer'] == GPT2 and not (same and 50257 <= said.vocab_size <= 50304):
-            raise ValueError(f"its {said.vocab_size:,} tokens are not GPT-2's")
-        theirs, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        for name in info['missing_keys'] | info['mismatched_keys']:  # which it fills with random numbers
+        if facts['tokenizer'] == GPT2 and not (same and 50257 <= hf.vocab_size <= 50304):
+            raise ValueError(f"its {hf.vocab_size:,} tokens are not GPT-2's")
+        model, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        for name in info['missing_keys'] | info['mismatched_keys']:  # transformers fills them at random
             raise ValueError(f'{name} is missing, or of another shape')
-        if not torch.equal(theirs.lm_head.weight, theirs.transformer.wte.weight):
+        if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
             raise ValueError('its head is not its token table')
-        shape = said.n_positions, facts['tokenizer']['vocab_size'], said.n_layer, said.n_head, said.n_embd
+        shape = hf.n_positions, facts['tokenizer']['vocab_size'], hf.n_layer, hf.n_head, hf.n_embd
         config = GPTConfig(*shape, bias=facts['config']['bias'])
     except Exception as error:  # transformers raises nearly anything for a damaged folder
         way_out = 'pip install transformers' if isinstance(error, ImportError) else 'name another'
         raise ValueError(f'{folder}: not a GPT-2 that folio can read: {one_line(error)}; {way_out}') from None
     weights = {name: w.t().contiguous() if re.search(r'c_\w+\.weight', name) else w  # Conv1D's (C, O)
-               for name, w in theirs.transformer.state_dict().items()
-               if config.bias or not name.endswith('bias')}  # their network always has biases
+               for name, w in model.transformer.state_dict().items()
+               if config.bias or not name.endswith('bias')}  # Hugging Face's GPT-2 always has biases
     return imported(folder, config, weights, **facts)
 
 
@@ -1109,7 +1110,10 @@ def from_nanogpt(contents, path):
 
 
 def imported(path, config, weights, /, **facts):
-    """read()'s contents for a model with these weights. Raises ValueError if one is not finite."""
+    """read()'s contents for a model with these weights; a config among the facts does not count.
+
+    Raises ValueError if a weight is not finite.
+    """
     for name, w in weights.items():
         if not w.isfinite().all():
             raise ValueError(f'{path}: {name} is not finite: the training diverged; name an earlier model')

@@ -39,7 +39,7 @@ def convert(weights, dtype):
 
 
 def measure(model, name, tokens, max_tokens, tokenizer):
-    """{what was measured: number}: a model's loss over `tokens`, unless they are None, and its speed."""
+    """A model's loss over `tokens`, unless they are None, and its speed, as a dict {table row: number}."""
     start, steps, numbers = torch.tensor([[tokenizer.start]]), min(64, model.trained_context), {}
     if tokens is not None:
         loss = split_loss(model, tokens, model.trained_context, max_tokens, f'loss of {name}')
@@ -70,7 +70,7 @@ def write_hugging_face(folder, config, weights, dtype, facts):
         n_head=config.n_head, n_embd=config.n_embd, attn_pdrop=config.dropout, embd_pdrop=config.dropout,
         resid_pdrop=config.dropout, bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot,
         folio={**facts, 'config': dataclasses.asdict(config)})).to(getattr(torch, dtype))
-    # its matrices are (inputs, outputs); without biases of ours, its own stay as they start, at zero
+    # Hugging Face's matrices are (inputs, outputs); where folio has no biases, Hugging Face's stay zero
     model.transformer.load_state_dict({name: w.t() if '.c_' in name and w.dim() == 2 else w
                                        for name, w in weights.items()}, strict=config.bias)
     patterns = 'model*.safetensors*', 'pytorch_model*.bin*', 'vocab.json', 'merges.txt'
@@ -78,7 +78,7 @@ def write_hugging_face(folder, config, weights, dtype, facts):
     with replacing_files(folder, ['config.json', *old]) as new:
         try:
             model.save_pretrained(new, max_shard_size='1TB')  # in one file
-            os.chmod(f'{new}/model.safetensors', 0o644)  # which only its owner could read
+            os.chmod(f'{new}/model.safetensors', 0o644)  # save_pretrained() lets only its owner read it
             hugging_face_tokenizer(tokenizer, facts['trained_context']).save_pretrained(new)
         except Exception as error:  # tokenizers raises Exception itself where a disk is full
             raise OSError(f'{folder} could not be written: {error}') from None

@@ -44,7 +44,7 @@ def write(prompt):
     ids = tokenizer.encode(prompt, special_tokens=True) or [tokenizer.start]
     if len(ids) > window:
         print(f'the prompt has {len(ids):,} tokens; the model reads the last {window:,}', file=sys.stderr)
-    began, tokens, passes = time.perf_counter(), 0, index.passes - 1 if index else 0  # the prompt's counts
+    began, tokens, passes = time.perf_counter(), 0, index.passes - 1 if index else 0  # -1: the prompt's pass
     for i in range(0, num_samples, 32):  # 32 at once: their KV cache stays below 3 GB for GPT-2 small
         count, printed = min(num_samples - i, 32), 0
         steps = model.generate(torch.tensor([ids]), max_new_tokens, temperature, top_k, top_p, min_p,
