@@ -956,8 +956,8 @@ def read(path, check=True):
         return from_nanogpt(contents, path)
     if (version := contents.get('format_version')) != FORMAT_VERSION:
         raise ValueError(f'{path}: format version {version}, and this folio reads {FORMAT_VERSION}')
-    for key in {'kind', 'config', 'tokenizer', 'trained_context', 'step', 'model'} - set(contents):
-        raise ValueError(f'{path}: lacks {key}, so it is not a whole model file; name another')
+    if missing := {'kind', 'config', 'tokenizer', 'trained_context', 'step', 'model'} - set(contents):
+        raise ValueError(f'{path}: lacks {min(missing)}, so it is not a whole model file; name another')
     return contents
 
 
