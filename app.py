@@ -11,6 +11,7 @@ import functools
 import glob
 import html
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +103,7 @@ def loaded(path, changed):
     with contextlib.suppress(AttributeError, TypeError):  # glibc keeps most of a model that was replaced
         ctypes.CDLL(None).malloc_trim(0)
     model, meta = load(path, chip)
+    print(path, file=sys.stderr)
     for block in model.h if chip == 'cpu' else ():  # a GPU's pass is too short to stop
         block.ln_1.register_forward_pre_hook(stop_if_gone)
     train, _ = load_data_of(meta)
@@ -304,7 +306,7 @@ with gr.Blocks(title='folio') as page:
         with gr.Column(scale=2):
             # a longer text is cut off: Gradio's page cannot say that a request was too large
             prompt = gr.Textbox(label='Prompt', lines=3, max_lines=12, max_length=2 * max_prompt,
-                                elem_id='prompt', info='The beginning of a text. Shift-Enter writes on.')
+                                elem_id='prompt', info='The beginning of a text. Shift-Enter generates.')
             with gr.Row():
                 go = gr.Button('Generate', variant='primary', elem_id='generate')
                 halt = gr.Button('Stop', elem_id='stop')

@@ -2,7 +2,7 @@
 GPT-2: the network, its KV cache, generation, loading and saving.
 
     model, meta = load('out')                                    # a model file, a folder, or a Hub id
-    for ids in model.generate(torch.tensor([[50256]]), 20): ...  # one id a text a step
+    for ids in model.generate(torch.tensor([[0]]), 20): ...      # one id a text a step
 
 This file can be copied into another project alone; importing it registers a torch operator and reads
 FOLIO_KERNELS. The network and its names are OpenAI's, https://github.com/openai/gpt-2, src/model.py.
@@ -914,7 +914,7 @@ def replacing(path):
     except (OSError, RuntimeError) as error:  # torch's zip writer raises a RuntimeError after an OSError
         cause = error if isinstance(error, OSError) else error.__context__
         reason = getattr(cause, 'strerror', None) or 'the disk may be full'
-        raise OSError(f'{path} could not be written ({reason}); what is there is whole') from None
+        raise OSError(f'{path} could not be written ({reason}); an older one stays') from None
     finally:
         with contextlib.suppress(OSError):  # it is not there after a rename
             os.remove(temporary)
@@ -924,8 +924,8 @@ def save(path, config, weights, tokenizer, kind='model', **facts):
     """Write a model file: plain tensors, numbers, strings, lists and dicts. Raises OSError; see replacing().
 
     weights is the state_dict of the plain model: a compiled one prefixes its names with _orig_mod. Padded
-    rows are cut off unless kind is 'checkpoint'. tokenizer is the tokenizer's meta. facts (step,
-    trained_context, losses, …) come back in load()'s meta.
+    rows are cut off unless kind is 'checkpoint'. tokenizer is the tokenizer's meta. facts come back in
+    load()'s meta; it needs step and trained_context among them.
     """
     if kind != 'checkpoint':  # torch.save would write all rows of a mere slice, so clone()
         weights = {**weights, 'wte.weight': weights['wte.weight'][:config.vocab_size].clone()}

@@ -220,7 +220,7 @@ def find_files(input):
     pattern = os.path.join(glob.escape(input), '**') if os.path.isdir(input) else input
     found = [input] if os.path.isfile(input) else glob.glob(pattern, recursive=True)
     if not (files := sorted(filter(os.path.isfile, found))):
-        raise FileNotFoundError(f'{input or "(empty)"}: no such file, folder or glob; name another input')
+        raise FileNotFoundError(f'{input or "(empty)"}: no files there; name a file, a folder or a glob')
     return files
 
 
@@ -362,7 +362,7 @@ class FolderLock:
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f'{folder}: another process writes there; wait, or name another') from None
+                raise ValueError(f'{folder}: another process uses it; wait, or take another') from None
 
 
 @contextlib.contextmanager
@@ -430,6 +430,7 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     for texts under 400 kB, 4,096 from 1.6 MB on, else 2,048).
     Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were.
     """
+    check_dataset(dataset)
     if vocab_size and tokenizer != 'bpe':
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
     began, files, digest, folder = time.time(), find_files(input), hashlib.sha256(), f'data/{dataset}'
@@ -440,7 +441,7 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
             if tokenizer == 'char':
                 found.update(piece, '\n' * special_tokens)
         cut = int(total * (1 - val_fraction))
-        if not cut:
+        if cut < 1:
             raise ValueError(f'{input}: {total} characters, val_fraction {val_fraction}: nothing to train on')
         if tokenizer == 'bpe' and not known:
             share = min(200e6 / size, 1)  # of the text's bytes, 200 MB at most
@@ -498,7 +499,7 @@ def load_data(dataset):
         # are no counts, any even size is right
         want = 2 * counts.get(split, 0 if counts else size // 2)
         if want and size != want or split == 'train' and not want:
-            raise ValueError(f'{path}: {size:,} bytes instead of {want:,}; prepare it again with prepare.py')
+            raise ValueError(f'{path}: {size:,} bytes instead of {want or "more"}; prepare it again')
         splits.append(np.memmap(path, dtype='<u2', mode='r') if want else None)
         known = meta.get('sha256', {}).get(split)  # hashing over 1 GB would take seconds
         if known and size <= 2**30 and hashlib.sha256(splits[-1]).hexdigest() != known:
@@ -538,7 +539,7 @@ def check_data(dataset, meta, wanted):
             same = digest.hexdigest() == meta['source']['sha256']
         if not same:
             how = 'has changed' if has[key] == value else f'differs from {value}'
-            raise ValueError(f'data/{dataset}: {key} {has[key]} {how}; run prepare.py or name a new dataset')
+            raise ValueError(f'data/{dataset}: {key} {has[key]} {how}; prepare it again or name another')
 
 
 if __name__ == '__main__':

@@ -89,7 +89,7 @@ while True:
         # a stdout that is no terminal gets the texts alone, so input() asks on stderr
         with contextlib.redirect_stdout(sys.stdout if sys.stdout and sys.stdout.isatty() else sys.stderr):
             prompt, start = start or input('Prompt> '), ''  # a prompt that was given comes first
-    except (EOFError, KeyboardInterrupt) as leaving:
+    except (EOFError, OSError, KeyboardInterrupt) as leaving:  # OSError: the prompt was all of stdin
         sys.exit(130 if isinstance(leaving, KeyboardInterrupt) else 0)
     try:
         write(prompt)

@@ -1401,7 +1401,7 @@ def test_load_reads_nanogpts_checkpoints(tmp_path, bias):
     with torch.no_grad():
         assert torch.equal(ours(idx), made(idx)) and ours.config.bias == bias
     process = run('train.py', '--init_from=resume', f'--out_dir={tmp_path}', cwd=tmp_path)
-    one_line(process, 1, 'no checkpoint of a run')
+    one_line(process, 1, 'has no ckpt.pt of a run')
 
 
 def test_load_reads_a_nanogpt_file_of_weights_and_shape_alone(tmp_path):
@@ -1659,7 +1659,7 @@ def test_prepare_refuses_bad_texts_and_loses_nothing(tmp_path, monkeypatch):
     prepare('good.txt', 'kept')
     before = contents_of(tmp_path / 'data/kept')
     for name, words in (('bad.txt', 'bad.txt: not UTF-8 at byte 70,000'), ('empty.txt', 'empty'),
-                        ('none.txt', 'no such')):
+                        ('none.txt', 'no files there')):
         with pytest.raises((ValueError, OSError), match=words):
             prepare(name, 'kept')
         assert contents_of(tmp_path / 'data/kept') == before
@@ -1698,7 +1698,7 @@ def test_prepare_puts_back_what_was_there_when_it_fails(tmp_path, monkeypatch, c
 def test_prepare_holds_the_lock_from_its_first_reading_on(tmp_path, monkeypatch):
     """So of two runs that start on a text at once, one is refused before it has done the work again."""
     def reading(path, digest=None):
-        with pytest.raises(ValueError, match='another process writes there'):
+        with pytest.raises(ValueError, match='another process uses it'):
             FolderLock('data/new')
         return ['some words to keep']
     monkeypatch.chdir(tmp_path)
@@ -2047,7 +2047,7 @@ def test_train_reports_and_writes(folder):
     assert [row['step'] for row in rows] == ['5', '10', '15', '20']
     assert [bool(row['val_loss']) for row in rows] == [False, True, False, True]
     for words in ('parameters', 'training tokens', 'steps an epoch', 'tok/s', 'left', 'max_iters 20 reached',
-                  'at first', 'first step under', 'best', 'validation', 'train'):
+                  'at first', 'first under', 'best', 'validation', 'train'):
         assert words in text, words
     gpt, meta = load(out)
     _, val, data_meta = load_data(folder / 'data/tiny')
@@ -2186,7 +2186,7 @@ def test_train_lowers_the_loss_with_each(choice, folder):
     ('--n_embd=4000000000000000000', 1, ['out of memory']),
     ('--dropout=1', 2, ['dropout']),
     ('--seq_len=99', 2, ['seq_len', '16']),
-    ('--block_size=5000', 1, ['seq_len is 5000']),
+    ('--block_size=5000', 1, ['windows of 5,000']),
     ('--schedule=cosin', 2, ['cosine']),
     ('--device=tpu', 2, ['tpu']),
     ('--patience=1 --eval_interval=0', 2, ['eval_interval']),
@@ -2196,7 +2196,7 @@ def test_train_lowers_the_loss_with_each(choice, folder):
     ('--val_fraction=0.5', 2, ['0.1', '0.5']),
     ('--input=other.txt', 2, ['input.txt', 'other.txt']),
     ('--input=none.txt', 1, ['none.txt']),
-    ('--init_from=resume', 1, ['no checkpoint of a run']),
+    ('--init_from=resume', 1, ['has no ckpt.pt of a run']),
     ('--init_from=nope.pt', 1, ['nope.pt'])])
 def test_train_refuses_in_one_line(folder, args, status, words):
     (folder / 'other.txt').write_text('another text')
@@ -2473,7 +2473,7 @@ def test_train_resumed_refuses_other_data_and_writes_the_best_again(folder):
     checkpoint = read(folder / 'out/again/ckpt.pt')
     checkpoint['data']['val_fraction'] = 0.5
     torch.save(checkpoint, folder / 'out/again/ckpt.pt')
-    one_line(run('train.py', *args, cwd=folder), 1, "data/tiny has not the model's text")
+    one_line(run('train.py', *args, cwd=folder), 1, "data/tiny is not the model's text")
 
 
 def test_train_looks_at_the_disks_space_before_the_first_step(folder, monkeypatch):

@@ -302,7 +302,7 @@ if __name__ == '__main__':
     if start == 'resume':
         source = resumable and read(files['ckpt.pt'])
         if not source or source['kind'] != 'checkpoint':
-            fail(f"{files['ckpt.pt']} is no checkpoint of a run; use --init_from=auto, or another --out_dir")
+            fail(f'{out_dir} has no ckpt.pt of a run; use --init_from=auto, or another --out_dir')
         given.update(('out_dir', 'init_from', 'overwrite'))  # these are never taken from the checkpoint
         merge(settings, globals(), source['settings'], (*shape, 'dataset', 'tokenizer', 'optimizer'), out_dir)
     elif there and not replace:
@@ -335,7 +335,7 @@ if __name__ == '__main__':
         fail('nodes could not meet again: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or --max-restarts=0', 2)
 
     # -- the data --------------------------------------------------------------------------------------------
-    if master and not os.path.exists(f'data/{dataset}/train.bin'):
+    if master and not any(os.path.exists(f'data/{dataset}/{name}') for name in ('train.bin', 'meta.json')):
         prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'))
     if ranks > 1:
         # a day, because rank 0 may prepare a large corpus meanwhile
@@ -357,7 +357,7 @@ if __name__ == '__main__':
         merge(settings, globals(), taken, (), '')
         print(f'chosen for {len(train_tokens):,} training tokens:', *(f'{k}={settings[k]}' for k in taken))
     if seq_len > block_size:
-        fail(f'--seq_len={seq_len}: the model has {block_size} positions, its block_size', 2)
+        fail(f'--seq_len={seq_len}: the model has {block_size} positions; lower it, or take 0 for all', 2)
     T, tok = seq_len or block_size, get_tokenizer(data_meta['tokenizer'])
     try:
         check_data(dataset, data_meta, {key: settings[key] for key in given})
@@ -365,9 +365,9 @@ if __name__ == '__main__':
     except ValueError as error:
         fail(error, 2)
     if {**data_meta, **source.get('data', {})} != data_meta:  # an older checkpoint has fewer keys
-        fail(f"data/{dataset} has not the model's text or tokenizer; name another --dataset or --out_dir")
+        fail(f"data/{dataset} is not the model's text and tokenizer; name another --dataset or --out_dir")
     if len(train_tokens) < T + 1:
-        fail(f'data/{dataset}: {len(train_tokens)} training tokens, and seq_len is {T}; lower it or add text')
+        fail(f'data/{dataset}: {len(train_tokens):,} tokens for windows of {T:,}; lower seq_len or add text')
     train = val = Windows(train_tokens, T, chip, seed, shift_windows)
     if val_tokens is not None and len(val_tokens) > 1:  # nothing predicts the first token
         val = Windows(val_tokens, T, chip)
@@ -647,9 +647,9 @@ if __name__ == '__main__':
     stop, speed = stop or f'{max_minutes} minutes over', state['tokens'] / max(state['seconds'], 1e-9)
     print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {speed:,.0f} tokens/s; "
           f'{duration(time.time() - COMMAND_BEGAN)} since the command')
-    passed = ', '.join(f'{float(mark):g}: {at:,}' for mark, at in state['passed'].items()) or 'none'
+    passed = ', '.join(f'{float(mark):g} at step {at:,}' for mark, at in state['passed'].items())
     print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at "
-          f'best; first step under {passed}')
+          f"best; first under {passed or '7 at no step'}")
     best, at = state['best_val'], state['best_val_step']
     kept = out_dir and state['best_kept'] and os.path.exists(files['best.pt'])
     if best < math.inf:
@@ -671,6 +671,6 @@ if __name__ == '__main__':
     if sample_interval:
         print_sample(raw_model, tok, seed)
     if unsaved:
-        fail(f"{', '.join(sorted(unsaved))} could not be written to {out_dir}; make room, then resume")
+        fail(f"{', '.join(sorted(unsaved))} could not be written to {out_dir}; retry with --init_from=auto")
     if out_dir:
         print(f"{files['log.csv']} has the curve. Now: python sample.py --checkpoint={shlex.quote(out_dir)}")

@@ -88,8 +88,8 @@ def parse(arg, args, settings):
 def run_file(path, settings):
     """{key: value} of what a config file sets. Its path is relative to the current folder, or to folio's."""
     found = path if os.path.isfile(path) else os.path.join(os.path.dirname(__file__), os.pardir, path)
-    if not os.path.isfile(found):
-        fail(f'{path}: no such config file (settings are written --key=value)', 2)
+    if not os.path.isfile(found) or not path.endswith('.py'):  # a text is not run as Python
+        fail(f'{path}: no such config file, NAME.py (settings are written --key=value)', 2)
     # settings are the file's builtins: it can read them, and `scope` holds only what it assigns
     scope = {'__builtins__': {**vars(builtins), **settings}, '__file__': found}
     try:
