@@ -220,7 +220,7 @@ def find_files(input):
     pattern = os.path.join(glob.escape(input), '**') if os.path.isdir(input) else input
     found = [input] if os.path.isfile(input) else glob.glob(pattern, recursive=True)
     if not (files := sorted(filter(os.path.isfile, found))):
-        raise FileNotFoundError(f'{input or "(empty)"}: no files there; name a file, a folder or a glob')
+        raise FileNotFoundError(f'{input or "no input"}: no files there; name a file, a folder or a glob')
     return files
 
 

@@ -1659,10 +1659,14 @@ def test_prepare_refuses_bad_texts_and_loses_nothing(tmp_path, monkeypatch):
     prepare('good.txt', 'kept')
     before = contents_of(tmp_path / 'data/kept')
     for name, words in (('bad.txt', 'bad.txt: not UTF-8 at byte 70,000'), ('empty.txt', 'empty'),
-                        ('none.txt', 'no files there')):
+                        ('none.txt', 'no files there'), ('', 'no input')):
         with pytest.raises((ValueError, OSError), match=words):
             prepare(name, 'kept')
         assert contents_of(tmp_path / 'data/kept') == before
+    with pytest.raises(ValueError, match='below data/'):
+        prepare('good.txt', '../kept')
+    with pytest.raises(ValueError, match='nothing to train on'):
+        prepare('good.txt', 'kept', val_fraction=2.0)
     (tmp_path / 'data/kept/val.bin').write_bytes(b'123')
     with pytest.raises(ValueError, match='val.bin: 3 bytes'):
         load_data('kept')
@@ -1830,7 +1834,8 @@ def test_prepare_as_a_user_runs_it(folder):
     ('--tokenizer=bp', 2, 'gpt2, bpe, char'),
     ('--tokenizer=bpe --vocab_size=256', 2, '257'),
     ('--vocab_size=300', 1, 'take bpe'),
-    ('--dataset=', 2, 'below data/')])
+    ('--dataset=', 2, 'below data/'),
+    ('input.txt', 2, 'no such config file')])
 def test_prepare_refuses_in_one_line(folder, args, status, words):
     one_line(run('prepare.py', *args.split(), cwd=folder), status, 'prepare.py: ', words)
 
@@ -2118,6 +2123,7 @@ def test_settings_for_a_text_of_any_size(tokens, n_layer, block_size, dropout, w
 
 def test_train_chooses_a_model_for_a_text_of_ones_own(folder, tmp_path):
     """Every 0 is chosen, what was given stays, a resumed run keeps all, and model.pt has the best weights."""
+    one_line(run('train.py', 'config/mine.py', cwd=tmp_path), 1, 'no input')
     (tmp_path / 'my.txt').write_text(corpus(20_000), newline='')
     args = ['config/mine.py', '--input=my.txt', '--n_embd=32', '--n_head=2', '--eval_interval=1',
             '--eval_iters=1', '--learning_rate=0.5', '--patience=2', '--final_eval_tokens=300',
@@ -2461,6 +2467,15 @@ def test_train_looks_into_its_folder_once_it_has_the_lock(folder, monkeypatch):
     assert contents_of(folder / 'out/late') == contents_of(folder / 'out/tiny')
 
 
+def test_train_replaces_no_data_of_which_a_file_is_lost(folder):
+    shutil.copytree(folder / 'data/tiny', folder / 'data/lost')
+    os.remove(folder / 'data/lost/train.bin')
+    before = contents_of(folder / 'data/lost')
+    process = run('train.py', *TINY_RUN, '--dataset=lost', '--out_dir=', cwd=folder)
+    one_line(process, 1, 'data/lost/train.bin: 0 bytes instead of', 'prepare it again')
+    assert contents_of(folder / 'data/lost') == before
+
+
 def test_train_resumed_refuses_other_data_and_writes_the_best_again(folder):
     """The weights of a checkpoint are the best's if its step is."""
     shutil.copytree(folder / 'out/tiny', folder / 'out/again')
@@ -2716,6 +2731,15 @@ def test_sample_asks_for_one_prompt_after_the_other(folder):
     assert re.search(r'\b85\b', process.stderr)  # its length, which is more than the model sees
     first, _, second, _ = re.split('\n---------------\n|\n+(?=mat)', process.stdout)
     assert first.startswith('The ') and second.startswith('mat; cat ') and 't' not in first[4:]
+
+
+def test_sample_leaves_after_a_prompt_that_was_all_of_stdin(folder):
+    process = spawn('sample.py', '--checkpoint=out/tiny', '--interactive', '--start=-', cwd=folder,
+                    stdin=subprocess.PIPE)
+    process.stdin.write('The cat')
+    process.stdin.close()
+    text, error = process.stdout.read(), process.stderr.read()
+    assert process.wait(60) == 0 and text.startswith('The cat') and 'Errno' not in error, error
 
 
 def test_sample_stops_a_text_at_ctrl_c(folder):
@@ -3018,6 +3042,12 @@ def test_page_waits_for_a_model(tmp_path):
     assert status == 1 and '7897' in error and 'Traceback' not in error, error
     process.terminate()
     assert process.wait(30) == 143
+
+
+def test_page_prints_the_model_it_took(app, capsys):
+    path = app['model_files']()[0]
+    app['loaded'].__wrapped__(path, 0)
+    assert capsys.readouterr().err == f'{path}\n'
 
 
 def test_page_marks_what_is_recited(app):

@@ -297,8 +297,8 @@ if __name__ == '__main__':
         replace |= files['model.pt'] not in there  # a run killed before its first checkpoint starts again
     source = {}  # the contents of the model file that the run goes on from, or starts from
     shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
-    # a 0 gives way to a checkpoint's or another model's value
-    given.difference_update([key for key in (*shape[:4], 'max_iters') if not settings[key]])
+    # a 0 gives way to a checkpoint's or another model's value; an empty input is not set
+    given.difference_update([key for key in (*shape[:4], 'max_iters', 'input') if not settings[key]])
     if start == 'resume':
         source = resumable and read(files['ckpt.pt'])
         if not source or source['kind'] != 'checkpoint':
