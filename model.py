@@ -396,7 +396,7 @@ class HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, weight = x.to(dtype), table.to(dtype)
         grads_x, grad_table, total = [], None, 0.0
-        parts = math.ceil(len(x) * len(table) / 2**(25 if kind == 'cpu' else 29))  # of so many logits
+        parts = math.ceil(len(x) * len(table) / 2**(25 if kind == 'cpu' else 29))  # of at most so many logits
         for part, ids in zip(x.chunk(parts), targets.chunk(parts)):
             losses, grad = HeadLoss.of_logits(logits_product(part, weight), ids[:, None], dtype)
             total += losses.sum()
@@ -499,7 +499,7 @@ class GPT(nn.Module):
                 dict(params=vectors, weight_decay=0.0)]
 
     def compile(self, **options):
-        """Compile blocks and loss in place. The blocks share one graph: twelve would take 4 times as long."""
+        """Compile blocks and loss in place. The blocks share one graph; twelve would take 4 times as long."""
         for block in self.h:
             block.compile(**options)
         HeadLoss.of_logits = staticmethod(torch.compile(loss_of_logits, **options))
@@ -619,8 +619,8 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repe
         return logits.argmax(dim=-1)
     logits, ids = filter_logits(logits, temperature, top_k, top_p, min_p)
     device = 'cpu' if logits.is_mps else logits.device  # MPS has no float64
-    # in float64 uniform · sum stays below the sum, so the search always ends at an id with a probability; nan
-    # logits alone would end it beyond the last id
+    # in float64 uniform · sum stays below the sum, so the search always ends at an id with a probability;
+    # only nan logits would end it beyond the last id, hence the clamp
     cumulative = logits.softmax(dim=-1).to(device).cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None].to(device) * cumulative[:, -1:]
     choice = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.size(1) - 1)
@@ -1110,7 +1110,7 @@ def from_nanogpt(contents, path):
 
 
 def imported(path, config, weights, /, **facts):
-    """read()'s contents for a model with these weights; a config among the facts does not count.
+    """read()'s contents for a model with these weights; facts['config'] is ignored.
 
     Raises ValueError if a weight is not finite.
     """

@@ -149,7 +149,7 @@ def hugging_face_tokenizer(tokenizer, context):
     """
     import tokenizers
     import transformers
-    # not transformers.convert_slow_tokenizer.TikTokenConverter: that attribute is a function at times
+    # transformers.convert_slow_tokenizer is sometimes a function, so this imports from the module
     from transformers.convert_slow_tokenizer import TikTokenConverter
     settings = dict(model_max_length=context, clean_up_tokenization_spaces=False)
     if tokenizer.eot is None:
@@ -420,21 +420,24 @@ LIMITS = dict(dataset=check_dataset, tokenizer=('gpt2', 'bpe', 'char'), vocab_si
               val_fraction=(0, 0.999999))
 
 
-def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1,
-            special_tokens=False, vocab_size=0, known=None):
+def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1, vocab_size=0,
+            known=None, special_tokens=False, replace=True):
     """Turn text into the files of data/<dataset>/; return the contents of meta.json.
 
     The last `val_fraction` of the characters is cut off before tokenizing. The document end stands between
-    two documents, or a newline for char. `known` is the meta of a tokenizer to use; without it, char takes
-    the text's characters, and bpe learns a vocabulary of `vocab_size` ids from the training split (0: 1,024
-    for texts under 400 kB, 4,096 from 1.6 MB on, else 2,048).
-    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were.
+    two documents, or a newline for char; with special_tokens the text <|endoftext|> becomes one too. `known`
+    is the meta of a tokenizer to use; without it, char takes the text's characters, and bpe learns a
+    vocabulary of `vocab_size` ids from the training split (0: 1,024 for texts under 400 kB, 4,096 from 1.6 MB
+    on, else 2,048).
+    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were. Without
+    `replace` it also raises ValueError if there are data already.
     """
-    check_dataset(dataset)
     if vocab_size and tokenizer != 'bpe':
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
     began, files, digest, folder = time.time(), find_files(input), hashlib.sha256(), f'data/{dataset}'
     with replacing_files(folder, ('train.bin', 'meta.json', 'val.bin')) as new:
+        if not replace and any(os.path.exists(f'{folder}/{name}') for name in ('train.bin', 'meta.json')):
+            raise ValueError(f'{folder}: has data, or a part of it; start again, or prepare it again')
         total, size, found = 0, 0, set()
         for piece in filter(None, read_documents(files, tokenizer, digest)):  # read once for the length
             total, size = total + len(piece), size + len(piece.encode())
@@ -451,15 +454,14 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
             known = learn_tokenizer((piece for split, piece in pairs if split == 'train'), share, ids)
         tok = get_tokenizer(known or {'name': tokenizer, 'characters': found})
         tok.encode(''.join(sorted(found)))  # raises ValueError for one that `known` lacks
-        pairs = split_at(cut, read_documents(files, tokenizer))
-        written = write_splits(new, tok, pairs, special_tokens, size)
+        splits = write_splits(new, tok, split_at(cut, read_documents(files, tokenizer)), special_tokens, size)
         source = {'input': input, 'files': len(files), 'characters': total, 'sha256': digest.hexdigest(),
                   'bytes': sum(map(os.path.getsize, files))}
         meta = {'format_version': 1, 'tokenizer': tok.meta, 'source': source, 'val_fraction': val_fraction,
                 'special_tokens': special_tokens,
-                'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size, **written}
+                'vocab_size': vocab_size if tokenizer == 'bpe' else tok.vocab_size, **splits}
         Path(new, 'meta.json').write_text(json.dumps({**meta, 'checksum': checksum(meta)}, indent=1), 'utf-8')
-    for split, count in written['tokens'].items():
+    for split, count in splits['tokens'].items():
         print(f'{folder}/{split}.bin: {count:,} tokens')
     seconds = time.time() - began
     print(f'{folder}/meta.json: {tokenizer}, vocabulary {tok.vocab_size:,}, from {total:,} characters of '
@@ -484,9 +486,9 @@ def load_data(dataset):
         try:
             meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
             # an older meta.json has neither checksum nor sha256
-            if meta.pop('checksum', '') != (checksum(meta) if 'sha256' in meta else ''):
-                raise ValueError('its checksum does not match')
-            get_tokenizer(meta['tokenizer'])  # raises ValueError if its vocabulary is damaged
+            same = meta.pop('checksum', '') == (checksum(meta) if 'sha256' in meta else '')
+            if not same or get_tokenizer(meta['tokenizer']).vocab_size != meta['tokenizer']['vocab_size']:
+                raise ValueError('its checksum does not match, or its vocabulary has another size')
             counts = {split: int(count) for split, count in meta.get('tokens', {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f'{folder}/meta.json: damaged ({error}); prepare it again') from None
@@ -551,4 +553,4 @@ if __name__ == '__main__':
     val_fraction = 0.1       # share of the characters, at the end, kept for validation; 0 = none
     special_tokens = False   # the text <|endoftext|> is the document end (char: a newline), not plain text
     configure(globals(), LIMITS)
-    prepare(input, dataset, tokenizer, val_fraction, special_tokens, vocab_size)
+    prepare(input, dataset, tokenizer, val_fraction, vocab_size, special_tokens=special_tokens)

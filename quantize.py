@@ -78,7 +78,8 @@ def write_hugging_face(folder, config, weights, dtype, facts):
     with replacing_files(folder, ['config.json', *old]) as new:
         try:
             model.save_pretrained(new, max_shard_size='1TB')  # in one file
-            os.chmod(f'{new}/model.safetensors', 0o644)  # save_pretrained() lets only its owner read it
+            # safetensors lets only the file's owner read it, whatever the umask
+            os.chmod(f'{new}/model.safetensors', os.stat(f'{new}/config.json').st_mode)
             hugging_face_tokenizer(tokenizer, facts['trained_context']).save_pretrained(new)
         except Exception as error:  # tokenizers raises Exception itself where a disk is full
             raise OSError(f'{folder} could not be written: {error}') from None

@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
                     same_shape.setdefault(pair[0].shape, []).append(pair)
             for shape, pairs in same_shape.items():
                 matrices, grads = zip(*pairs)
-                # not float16, in which a small gradient is 0; orthogonalize() divides by the norm first
+                # not float16 yet, in which a small gradient would become 0; orthogonalize() scales it up
                 dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
                 stacked = grads[0].new_empty(len(grads), *shape, dtype=dtype)
                 torch._foreach_copy_(stacked.unbind(), grads)
@@ -335,8 +335,8 @@ if __name__ == '__main__':
         fail('nodes could not meet again: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or --max-restarts=0', 2)
 
     # -- the data --------------------------------------------------------------------------------------------
-    if master and not any(os.path.exists(f'data/{dataset}/{name}') for name in ('train.bin', 'meta.json')):
-        prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'))
+    if master and not os.path.exists(f'data/{dataset}/train.bin'):
+        prepare(input, dataset, tokenizer, val_fraction, vocab_size, source.get('tokenizer'), replace=False)
     if ranks > 1:
         # a day, because rank 0 may prepare a large corpus meanwhile
         store = next(dist.rendezvous('env://', rank, ranks, timeout=datetime.timedelta(days=1)))[0]
@@ -469,8 +469,8 @@ if __name__ == '__main__':
     def collect():
         """Bring the pending steps' losses and gradient norms from the device into the state.
 
-        Between these calls one process trains without waiting for the device. Ends the process if a loss or
-        a norm is not finite; with a loss scaler (float16) a norm may be.
+        Between these calls one process trains without waiting for the device, except in float16. Ends the
+        process if a loss is not finite, or a norm, which may be infinite in float16 alone.
         """
         milestones = 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, loss_threshold
         values = torch.stack([torch.stack(pair) for pair in pending]).tolist() if pending else []
