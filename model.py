@@ -251,13 +251,14 @@ class Int4Linear(nn.Module):
         group = Int4Linear.GROUP
         w = F.pad(w, (0, -w.size(1) % group)).unflatten(1, (-1, group))  # (O, groups, group)
         largest = w.gather(2, w.abs().argmax(dim=2, keepdim=True))
-        scale, least = largest, torch.full_like(largest, math.inf)  # nan and inf stay in scale
+        scale = least = torch.full_like(largest, math.inf)  # of the best candidate so far, and its error
         for i in range(16):
             start = largest / -(7 + i / 4)
             q = (w / torch.where(start == 0, 1, start)).round_().clamp_(-8, 7)
             new = ((w * q).sum(2, keepdim=True) / (q * q).sum(2, keepdim=True).clamp_(1)).bfloat16().float()
             error = (w - q * new).square_().sum(2, keepdim=True)
-            scale, least = torch.where(error < least, new, scale), torch.minimum(error, least)
+            # i == 0, because no error is under inf where a weight is nan, inf or above 1e19
+            scale, least = torch.where((error < least) | (i == 0), new, scale), torch.minimum(error, least)
         q = (w / torch.where(scale == 0, 1, scale)).round_().clamp_(-8, 7).add_(8).flatten(1).to(torch.uint8)
         return q[:, ::2] | q[:, 1::2] << 4, scale[..., 0].bfloat16()
 
