@@ -2136,7 +2136,7 @@ def test_settings_for_a_text_of_any_size(tokens, n_layer, block_size, dropout, w
 
 def test_train_chooses_a_model_for_a_text_of_ones_own(folder, tmp_path):
     """Every 0 is chosen, what was given stays, a resumed run keeps all, and model.pt has the best weights."""
-    one_line(run('train.py', 'config/mine.py', cwd=tmp_path), 1, 'no input')
+    one_line(run('train.py', 'config/mine.py', '--input=', cwd=tmp_path), 1, 'no input')
     (tmp_path / 'my.txt').write_text(corpus(20_000), newline='')
     args = ['config/mine.py', '--input=my.txt', '--n_embd=32', '--n_head=2', '--eval_interval=1',
             '--eval_iters=1', '--learning_rate=0.5', '--patience=2', '--final_eval_tokens=300',

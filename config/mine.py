@@ -6,7 +6,6 @@
 # A second text needs its own folders: add --dataset=NAME --out_dir=out/NAME
 out_dir = 'out/mine'
 dataset = 'mine'
-input = ''  # give it, unless data/mine/ is there
 tokenizer = 'bpe'
 
 n_layer = 0  # 0: chosen by train.py from the number of training tokens, and so are dropout and weight_decay
