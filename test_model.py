@@ -432,7 +432,7 @@ def page(folder):
     """The address of a running app.py with the tiny model, a copy of it in served/."""
     pytest.importorskip('gradio_client', reason='pip install gradio')
     shutil.copytree(folder / 'out/tiny', folder / 'served')
-    process, address = serve('served', '--max_prompt=500', '--queue_size=4', '--max_tokens=5000', cwd=folder)
+    process, address = serve('served', '--max_prompt=500', '--queue_size=4', '--max_tokens=15000', cwd=folder)
     yield address
     process.terminate()
     status, rest, _ = ended(process, 30)
@@ -2961,7 +2961,7 @@ def test_page_api_streams_and_refuses(page, folder):
     sampled = run('sample.py', '--checkpoint=served', '--start=The cat', '--seed=3', '--num_samples=2',
                   cwd=folder)
     assert sampled.stdout == '\n---------------\n'.join(texts) + '\n'
-    assert len(client.predict('The cat', 10**9, api_name='/generate')[0]) == 7 + 5000  # at most max_tokens
+    assert len(client.predict('The cat', 10**9, api_name='/generate')[0]) == 7 + 15000  # at most max_tokens
     for wrong, words in ((dict(prompt=None), 'must be a text'),
                          (dict(prompt='x' * 501), 'at most 500'),
                          (dict(prompt='@'), "'@' is not in"),
@@ -3133,7 +3133,7 @@ def test_page_in_a_browser_writes_and_stops(page, folder):
         view.wait_for_function(status % 'word for word')
         assert view.locator('.text pre').count() == 1 and view.inner_text('.text .prompt') == 'The mat'
         assert len(view.locator('.text pre').text_content()) == 7 + 100
-        view.locator('input[type=number][aria-label*="New tokens"]').fill('5000')
+        view.locator('input[type=number][aria-label*="New tokens"]').fill('15000')
         view.locator('#prompt textarea').click()  # leaving the field takes its number
         view.click('#generate')
         view.wait_for_function(status % 'writing', polling=20)
@@ -3142,7 +3142,7 @@ def test_page_in_a_browser_writes_and_stops(page, folder):
         view.wait_for_function(status % 'stopped')
         text = view.locator('.text pre').text_content()
         view.wait_for_timeout(500)
-        assert view.locator('.text pre').text_content() == text and len(text) < 7 + 5000
+        assert view.locator('.text pre').text_content() == text and len(text) < 7 + 15000
         view.fill('#prompt textarea', 'x' * 200_000)  # is cut off; the request would be too large
         view.click('#generate')
         view.get_by_text('a text of at most 500 characters').wait_for()
