@@ -2065,7 +2065,7 @@ def test_train_reports_and_writes(folder):
     assert [row['step'] for row in rows] == ['5', '10', '15', '20']
     assert [bool(row['val_loss']) for row in rows] == [False, True, False, True]
     for words in ('parameters', 'training tokens', 'steps an epoch', 'tok/s', 'left', 'max_iters 20 reached',
-                  'at first', 'first under', 'best', 'validation', 'train'):
+                  'at first', 'first step under', 'best', 'validation', 'train'):
         assert words in text, words
     gpt, meta = load(out)
     _, val, data_meta = load_data(folder / 'data/tiny')

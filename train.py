@@ -647,9 +647,9 @@ if __name__ == '__main__':
     stop, speed = stop or f'{max_minutes} minutes over', state['tokens'] / max(state['seconds'], 1e-9)
     print(f"\n{stop}: {state['step']:,} steps in {duration(state['seconds'])}, {speed:,.0f} tokens/s; "
           f'{duration(time.time() - COMMAND_BEGAN)} since the command')
-    passed = ', '.join(f'{float(mark):g} at step {at:,}' for mark, at in state['passed'].items())
+    passed = ', under '.join(f'{float(mark):g} is {at:,}' for mark, at in state['passed'].items())
     print(f"loss        {state['first_loss']:.4f} at first, {mean:.4f} at last, {state['best_loss']:.4f} at "
-          f"best; first under {passed or '7 at no step'}")
+          f"best; first step under {passed or '7: none'}")
     best, at = state['best_val'], state['best_val_step']
     kept = out_dir and state['best_kept'] and os.path.exists(files['best.pt'])
     if best < math.inf:
