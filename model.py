@@ -141,7 +141,7 @@ def logits_product(x, weight):
     """
     kind, autocast = x.device.type, torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-    if kind == 'cuda' and dtype != torch.float32 and not torch.is_grad_enabled():  # out_dtype has none
+    if kind == 'cuda' and dtype != torch.float32 and not torch.is_grad_enabled():  # out_dtype has no gradient
         y = torch.mm(x.flatten(0, -2).to(dtype), weight.to(dtype).t(), out_dtype=torch.float32)
         return y.unflatten(0, x.shape[:-1])
     return product(x, weight) if autocast else product(x.float(), weight.float())
@@ -493,11 +493,10 @@ class GPT(nn.Module):
 
     def param_groups(self, weight_decay):
         """Three optimizer groups: the blocks' matrices, other matrices, and vectors, which do not decay."""
-        blocks = [p for p in self.h.parameters() if p.dim() == 2]
-        rest = [p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith('h.')]
-        vectors = [p for p in self.parameters() if p.dim() < 2]
-        return [dict(params=blocks, weight_decay=weight_decay), dict(params=rest, weight_decay=weight_decay),
-                dict(params=vectors, weight_decay=0.0)]
+        others = [p for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith('h.')]
+        return [dict(params=[p for p in self.h.parameters() if p.dim() == 2], weight_decay=weight_decay),
+                dict(params=others, weight_decay=weight_decay),
+                dict(params=[p for p in self.parameters() if p.dim() < 2], weight_decay=0.0)]
 
     def compile(self, **options):
         """Compile blocks and loss in place. The blocks share one graph; twelve would take 4 times as long."""

@@ -420,8 +420,8 @@ LIMITS = dict(dataset=check_dataset, tokenizer=('gpt2', 'bpe', 'char'), vocab_si
               val_fraction=(0, 0.999999))
 
 
-def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1, vocab_size=0,
-            known=None, special_tokens=False, replace=True):
+def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_fraction=0.1,
+            special_tokens=False, vocab_size=0, known=None, keep=False):
     """Turn text into the files of data/<dataset>/; return the contents of meta.json.
 
     The last `val_fraction` of the characters is cut off before tokenizing. The document end stands between
@@ -429,14 +429,14 @@ def prepare(input='input.txt', dataset='shakespeare', tokenizer='gpt2', val_frac
     is the meta of a tokenizer to use; without it, char takes the text's characters, and bpe learns a
     vocabulary of `vocab_size` ids from the training split (0: 1,024 for texts under 400 kB, 4,096 from 1.6 MB
     on, else 2,048).
-    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were. Without
-    `replace` it also raises ValueError if there are data already.
+    Raises ValueError or OSError for a text it cannot use, and then leaves the old files as they were. With
+    `keep` it also raises ValueError if there are data already.
     """
     if vocab_size and tokenizer != 'bpe':
         raise ValueError(f'vocab_size {vocab_size}: {tokenizer} has its own; leave it out, or take bpe')
     began, files, digest, folder = time.time(), find_files(input), hashlib.sha256(), f'data/{dataset}'
     with replacing_files(folder, ('train.bin', 'meta.json', 'val.bin')) as new:
-        if not replace and any(os.path.exists(f'{folder}/{name}') for name in ('train.bin', 'meta.json')):
+        if keep and any(os.path.exists(f'{folder}/{name}') for name in ('train.bin', 'meta.json')):
             raise ValueError(f'{folder}: has data, or a part of it; start again, or prepare it again')
         total, size, found = 0, 0, set()
         for piece in filter(None, read_documents(files, tokenizer, digest)):  # read once for the length
@@ -501,7 +501,7 @@ def load_data(dataset):
         # are no counts, any even size is right
         want = 2 * counts.get(split, 0 if counts else size // 2)
         if want and size != want or split == 'train' and not want:
-            raise ValueError(f'{path}: {size:,} bytes instead of {want or "more"}; prepare it again')
+            raise ValueError(f'{path}: {size:,} bytes instead of {want:,}, or missing; prepare it again')
         splits.append(np.memmap(path, dtype='<u2', mode='r') if want else None)
         known = meta.get('sha256', {}).get(split)  # hashing over 1 GB would take seconds
         if known and size <= 2**30 and hashlib.sha256(splits[-1]).hexdigest() != known:
@@ -553,4 +553,4 @@ if __name__ == '__main__':
     val_fraction = 0.1       # share of the characters, at the end, kept for validation; 0 = none
     special_tokens = False   # the text <|endoftext|> is the document end (char: a newline), not plain text
     configure(globals(), LIMITS)
-    prepare(input, dataset, tokenizer, val_fraction, vocab_size, special_tokens=special_tokens)
+    prepare(input, dataset, tokenizer, val_fraction, special_tokens, vocab_size)

@@ -1697,18 +1697,18 @@ def test_prepare_puts_back_what_was_there_when_it_fails(tmp_path, monkeypatch, c
     assert len(calls) == times and set(os.listdir('data/kept')) == set(before)
 
 
-def test_prepare_without_replace_keeps_what_a_killed_process_left(tmp_path, monkeypatch):
+def test_prepare_with_keep_keeps_what_a_killed_process_left(tmp_path, monkeypatch):
     """The old files, which it had moved away, come back first. No file of them may be there for new data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'text.txt').write_text('some words to keep')
-    prepare('text.txt', 'kept', 'char', replace=False)
+    prepare('text.txt', 'kept', 'char', keep=True)
     before = contents_of(tmp_path / 'data/kept')
     for moved in (['train.bin'], ['train.bin', 'meta.json'], ['train.bin', 'meta.json', 'val.bin'], []):
         os.makedirs('data/kept/.new')
         for name in moved:
             os.rename(f'data/kept/{name}', f'data/kept/.new/{name}.old')
         with pytest.raises(ValueError, match='has data'):
-            prepare('text.txt', 'kept', 'bpe', vocab_size=257, replace=False)
+            prepare('text.txt', 'kept', 'bpe', vocab_size=257, keep=True)
         assert contents_of(tmp_path / 'data/kept') == before
 
 

@@ -336,7 +336,8 @@ if __name__ == '__main__':
 
     # -- the data --------------------------------------------------------------------------------------------
     if master and not os.path.exists(f'data/{dataset}/train.bin'):
-        prepare(input, dataset, tokenizer, val_fraction, vocab_size, source.get('tokenizer'), replace=False)
+        prepare(input, dataset, tokenizer, val_fraction, vocab_size=vocab_size, known=source.get('tokenizer'),
+                keep=True)
     if ranks > 1:
         # a day, because rank 0 may prepare a large corpus meanwhile
         store = next(dist.rendezvous('env://', rank, ranks, timeout=datetime.timedelta(days=1)))[0]
