@@ -294,8 +294,7 @@ CSS = '''
 .prompt, .line { color: var(--body-text-color-subdued); min-height: 40px }
 #status [data-testid=status-tracker] { height: 70px }  /* the place in the queue */
 .dark button[aria-selected=true] { color: var(--primary-300) }
-#status .error { display: none }  /* Gradio says "Error" after some Stops; real ones come as a message too */
-'''
+#status .error { display: none }  /* an "Error" after some Stops; real ones come as a message too */'''
 
 quietly = dict(api_visibility='private', show_progress='hidden', queue=False)
 in_turn = dict(concurrency_id='generate', concurrency_limit=at_once)
@@ -333,6 +332,8 @@ with gr.Blocks(title='folio') as page:
           [choice, about, losses, rates, source, known], **quietly)
     gr.api(generate, api_name='generate', **in_turn)
 page.queue(max_size=queue_size, api_open=False)  # no call goes around the queue
+# else Gradio keeps the names of sessions, which callers choose, of 10,000 texts and for ever
+page._queue.ANALYTICS_MAX_EVENTS, page._queue.pending_event_ids_session = 100, gr.utils.LRUCache(2000)
 
 if __name__ == '__main__':
     if model_files():  # read one on the last thread made, so that the first visitor need not wait

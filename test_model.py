@@ -3063,6 +3063,13 @@ def test_page_prints_the_model_it_took(app, capsys):
     assert capsys.readouterr().err == f'{path}\n'
 
 
+def test_page_forgets_the_names_of_old_sessions(app):
+    names = app['page']._queue.pending_event_ids_session  # Gradio's, of visitors who did not read to the end
+    for i in range(3000):
+        names[f'session {i}'] = {'text'}
+    assert len(names) == 2000 and 'session 2999' in names
+
+
 def test_page_marks_what_is_recited(app):
     _, tokenizer, index = app['get_model']('')
     known = 'on the mat; é 日本 🎭.\nThe cat sat'  # 31 characters of the text, over a line's end
