@@ -59,8 +59,8 @@ NUMBERS = dict(  # what a visitor may set: label, least and greatest value, defa
 # Gradio would run a generator's steps on any of forty threads, and torch gives each of these its own OpenMP
 # threads. With more of those than cores, libgomp puts them to sleep at every barrier, which costs a third of
 # the speed. So one thread runs all steps of a visitor's texts; there are `at_once` of them.
-idle = asyncio.Queue()  # (thread, its ident)
-gone = set()            # idents of the threads whose visitor has left
+# `idle` holds (thread, its ident), `gone` the idents of the threads whose visitor has left.
+idle, gone = asyncio.Queue(), set()
 for thread in [ThreadPoolExecutor(1) for _ in range(at_once)]:
     idle.put_nowait((thread, thread.submit(threading.get_ident).result()))
 
@@ -121,7 +121,7 @@ def description(path, changed):
     losses = ', '.join(f'{name} {loss:.4f}' for name, loss in meta.get('losses', {}).items())
     return html.escape(f"{config.num_params():,} parameters, {config.quantized or 'floats'}, on "
                        f"{device_name(chip)}; trained context {meta['trained_context']:,} tokens, "
-                       f"step {meta['step']:,}; {losses}")
+                       f"step {meta['step']:,}{'; ' * bool(losses)}{losses}")
 
 
 # -- memory or invention -------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ with gr.Blocks(title='folio') as page:
             texts, line = gr.HTML(), gr.HTML(elem_classes='line', elem_id='status')
         with gr.Column(scale=1, min_width=260):
             choice = gr.Dropdown(model_files(), label='Model', elem_id='model')
-            about = gr.HTML(elem_classes='line', elem_id='about')
+            about, known = gr.HTML(elem_classes='line', elem_id='about'), gr.State()
             sliders = [gr.Slider(least, greatest, default, step=step, label=label, info=hint)
                        for label, least, greatest, default, step, hint in NUMBERS.values()]
             sliders[0].minimum = min(10, max_tokens)  # of the page alone; the API takes 1
@@ -327,13 +327,15 @@ with gr.Blocks(title='folio') as page:
                     api_visibility='private', show_progress='minimal', show_progress_on=line, **in_turn)
     halt.click(None, cancels=writing).then(  # the last update may come after the click
         lambda line: str(line or '').replace('writing', 'stopped'), line, line, **quietly)
-    known = gr.State()
     gr.on([page.load, gr.Timer(3).tick, choice.change], look, [choice, known],
           [choice, about, losses, rates, source, known], **quietly)
     gr.api(generate, api_name='generate', **in_turn)
 page.queue(max_size=queue_size, api_open=False)  # no call goes around the queue
-# else Gradio keeps the names of sessions, which callers choose, of 10,000 texts and for ever
-page._queue.ANALYTICS_MAX_EVENTS, page._queue.pending_event_ids_session = 100, gr.utils.LRUCache(2000)
+# Gradio would keep every session's name, which a caller chooses, and facts about 10,000 texts. It forgets all
+# messages but those of 2,000 sessions; a KeyError for one that it forgot would end its queue or hang a page.
+events = gr.utils.LRUCache(2000)
+page._queue.pending_event_ids_session, page._queue.ANALYTICS_MAX_EVENTS = events, 100
+gr.utils.LRUCache.__missing__ = lambda cache, session: set() if cache is events else asyncio.Queue()
 
 if __name__ == '__main__':
     if model_files():  # read one on the last thread made, so that the first visitor need not wait

@@ -3063,11 +3063,16 @@ def test_page_prints_the_model_it_took(app, capsys):
     assert capsys.readouterr().err == f'{path}\n'
 
 
-def test_page_forgets_the_names_of_old_sessions(app):
-    names = app['page']._queue.pending_event_ids_session  # Gradio's, of visitors who did not read to the end
+def test_page_forgets_old_sessions(app):
+    queue = app['page']._queue
     for i in range(3000):
-        names[f'session {i}'] = {'text'}
-    assert len(names) == 2000 and 'session 2999' in names
+        queue.pending_event_ids_session[f'session {i}'] = {'text'}
+        queue.pending_messages_per_session[f'session {i}'] = asyncio.Queue()
+    assert len(queue.pending_event_ids_session) == 2000 and 'session 2999' in queue.pending_event_ids_session
+    # a KeyError here would end Gradio's queue, or hang a page
+    assert queue.pending_event_ids_session['session 0'] == set()
+    assert queue.pending_messages_per_session['session 0'].empty()
+    assert queue.pending_event_ids_session['session 2999'] == {'text'}
 
 
 def test_page_marks_what_is_recited(app):
