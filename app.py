@@ -331,8 +331,8 @@ with gr.Blocks(title='folio') as page:
           [choice, about, losses, rates, source, known], **quietly)
     gr.api(generate, api_name='generate', **in_turn)
 page.queue(max_size=queue_size, api_open=False)  # no call goes around the queue
-# Gradio keeps the messages of 2,000 sessions, but all their names, which callers choose, and facts about 10,000
-# texts. A session that it has forgotten must count as empty, because a KeyError ends its queue or hangs a page.
+# Gradio keeps the messages of 2,000 sessions, but the names of all, which callers choose, and facts about
+# 10,000 texts. A forgotten session must count as empty, because a KeyError ends its queue or hangs a page.
 events = gr.utils.LRUCache(2000)
 page._queue.pending_event_ids_session, page._queue.ANALYTICS_MAX_EVENTS = events, 100
 gr.utils.LRUCache.__missing__ = lambda cache, session: set() if cache is events else asyncio.Queue()
